@@ -1,0 +1,95 @@
+"""What many tests share: a two-layer model, saved once, and pictures made on the spot."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from clipserve import checkpoint
+from clipserve.model import Model, create
+
+
+def tiny_architecture() -> dict[str, Any]:
+    return {
+        "embed_dim": 16,
+        "vision_cfg": {
+            "image_size": 32,
+            "patch_size": 16,
+            "width": 32,
+            "layers": 1,
+            "head_width": 16,
+        },
+        "text_cfg": {
+            "context_length": 16,
+            "vocab_size": 49408,
+            "width": 32,
+            "heads": 2,
+            "layers": 1,
+        },
+    }
+
+
+@pytest.fixture
+def architecture() -> dict[str, Any]:
+    return tiny_architecture()
+
+
+@pytest.fixture
+def tiny_model() -> Model:
+    torch.manual_seed(0)
+    return create(tiny_architecture()).eval()
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved model directory; tests must not write into it."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    checkpoint.save(create(tiny_architecture()), folder, name="tiny", objective=("contrastive",))
+    return folder
+
+
+@pytest.fixture
+def picture() -> Callable[..., Image.Image]:
+    """picture(width, height, seed) -> a smooth RGB picture, different for each seed."""
+    return make_picture
+
+
+def make_picture(width: int = 48, height: int = 40, seed: int = 0) -> Image.Image:
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture
+def encoded() -> Callable[..., bytes]:
+    """encoded(picture, format, **options) -> the bytes of the file."""
+    return encode
+
+
+def encode(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format=format, **options)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def captioned(tmp_path: Path) -> Callable[..., Path]:
+    """captioned(n) -> a CSV of n pictures with captions, in a folder of its own."""
+
+    def make(count: int, name: str = "source") -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        lines = ["image,caption,colour"]
+        for i in range(count):
+            (folder / f"{i}.png").write_bytes(encode(make_picture(seed=i)))
+            lines.append(f"{i}.png,picture number {i},{'red' if i % 2 else 'blue'}")
+        table = folder / "captions.csv"
+        table.write_text("\n".join(lines) + "\n")
+        return table
+
+    return make
