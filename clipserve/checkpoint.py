@@ -1,0 +1,296 @@
+"""The model directory: the one artefact that training writes and everything else loads.
+
+    clipserve.json               the description, the sha256 of every other file, and its own
+    open_clip_config.json        \\ as open_clip.create_model_and_transforms("local-dir:DIR")
+    open_clip_model.safetensors  /  expects them
+    tokenizer/                   only what no package ships
+    README.md                    a model card made from the above
+
+Safetensors and JSON only. Start at `save` and `load`. The fingerprint is a digest of what decides
+the vectors (weights, architecture, image transform, tokenizer): two directories with one
+fingerprint embed alike, whatever their metrics and dates say.
+"""
+
+import hashlib
+import json
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from clipserve import __version__
+from clipserve.errors import CheckpointError, ConfigError
+from clipserve.files import new_directory, sha256
+from clipserve.images import ImageTransform
+from clipserve.model import Model, ModelInfo, assemble
+from clipserve.text import Tokenizer
+from clipserve.towers import build_network
+
+FORMAT_VERSION = 1
+MANIFEST = "clipserve.json"
+WEIGHTS = "open_clip_model.safetensors"
+OPEN_CLIP_CONFIG = "open_clip_config.json"
+_PACKAGES = ("torch", "torchvision", "open_clip_torch", "transformers", "safetensors")
+
+
+def save(
+    model: Model,
+    directory: Path,
+    *,
+    name: str,
+    objective: tuple[str, ...] = (),
+    training: dict[str, Any] | None = None,
+    data_fingerprint: str | None = None,
+) -> str:
+    """Write a model directory, whole or not at all; returns its fingerprint.
+
+    An existing directory of that name is replaced at the end.
+    """
+    with new_directory(directory) as folder:
+        return write_into(
+            folder,
+            model,
+            name=name,
+            objective=objective,
+            training=training,
+            data_fingerprint=data_fingerprint,
+        )
+
+
+def write_into(
+    folder: Path,
+    model: Model,
+    *,
+    name: str,
+    objective: tuple[str, ...] = (),
+    training: dict[str, Any] | None = None,
+    data_fingerprint: str | None = None,
+) -> str:
+    """Write the files of a model directory into an empty folder that the caller makes durable."""
+    from safetensors.torch import save_file
+
+    tensors = {key: value.contiguous().cpu() for key, value in model.network.state_dict().items()}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    transform = model.transform.to_open_clip()
+    config = {"model_cfg": model.architecture, "preprocess_cfg": transform}
+    (folder / OPEN_CLIP_CONFIG).write_text(_canonical(config))
+    model.tokenizer.save(folder / "tokenizer")
+    description: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "name": name,
+        "architecture": model.architecture,
+        "image_transform": transform,
+        "objective": list(objective),
+        "training": training or {},
+        "data_fingerprint": data_fingerprint,
+        "versions": _versions(),
+    }
+    description["fingerprint"] = _fingerprint(description, _hash_files(folder))
+    (folder / "README.md").write_text(_model_card(description))
+    description["files"] = _hash_files(folder)
+    description["checksum"] = _checksum(description)
+    (folder / MANIFEST).write_text(_canonical(description))
+    return str(description["fingerprint"])
+
+
+def load(
+    path: str | Path,
+    device: str = "auto",
+    dtype: str = "auto",
+    *,
+    verify: bool = True,
+) -> Model:
+    """Load a model directory for inference.
+
+    device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1"; dtype: "auto" (bf16 where the
+    device computes in it, see `clipserve.embed`), "fp32", "bf16". `verify` checks every file's
+    sha256 first. Raises CheckpointError for a missing, damaged or newer directory.
+    """
+    from clipserve.embed import prepare
+
+    model = load_for_training(path, verify=verify)
+    return prepare(model, device, dtype)
+
+
+def load_for_training(path: str | Path, *, verify: bool = True) -> Model:
+    """The model in float32 on the CPU, as it was saved."""
+    directory = Path(path)
+    description = read_description(directory)
+    if verify:
+        _check_files(directory, description)
+    architecture = description["architecture"]
+    folder = directory / "tokenizer"
+    try:
+        transform = ImageTransform.from_open_clip(description["image_transform"])
+        network = _load_network(architecture, directory / WEIGHTS)
+    except ConfigError as error:
+        raise CheckpointError(f"{directory / MANIFEST}: {error}") from error
+    tokenizer = Tokenizer(architecture["text_cfg"], folder if folder.is_dir() else None)
+    info = ModelInfo(
+        name=description["name"],
+        fingerprint=description["fingerprint"],
+        objective=tuple(description["objective"]),
+        training=description["training"],
+    )
+    return assemble(network, architecture, transform, tokenizer, info)
+
+
+def verify(path: str | Path) -> dict[str, Any]:
+    """Check every byte of a model directory; returns its description or raises CheckpointError."""
+    directory = Path(path)
+    description = read_description(directory)
+    _check_files(directory, description)
+    return description
+
+
+def is_model_directory(path: str | Path) -> bool:
+    """Whether `path` looks like one; says nothing about its health."""
+    return (Path(path) / MANIFEST).is_file()
+
+
+def read_description(directory: Path) -> dict[str, Any]:
+    """clipserve.json, checked against itself; reads no other file."""
+    file = directory / MANIFEST
+    try:
+        text = file.read_text(encoding="utf-8")
+        description = json.loads(text)
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{directory} is not a model directory: it has no {MANIFEST}"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} is damaged or unreadable: {error}") from None
+    found = description.get("format_version") if isinstance(description, dict) else None
+    if isinstance(found, int) and found > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{file} has format {found}; this clipserve {__version__} reads up to"
+            f" {FORMAT_VERSION}: install a newer clipserve"
+        )
+    is_as_saved = (
+        found == FORMAT_VERSION
+        and text == _canonical(description)
+        and description.get("checksum") == _checksum(description)
+    )
+    if not is_as_saved:
+        raise CheckpointError(f"{file} was changed after it was written: it is not as saved")
+    assert isinstance(description, dict)
+    return description
+
+
+def _check_files(directory: Path, description: dict[str, Any]) -> None:
+    for name, expected in description["files"].items():
+        try:
+            found = sha256(directory / name)
+        except OSError as error:
+            raise CheckpointError(f"{directory / name}: {error.strerror}") from None
+        if found != expected:
+            raise CheckpointError(
+                f"{directory / name} is damaged: its sha256 is {found[:12]}..., not the"
+                f" {expected[:12]}... it was saved with; restore it or use another checkpoint"
+            )
+
+
+def _load_network(architecture: dict[str, Any], weights: Path) -> nn.Module:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(weights)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{weights} cannot be read: {error}") from None
+    with _NoRandomInit():
+        network = build_network(architecture)
+    try:
+        network.load_state_dict(tensors, assign=True)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1:2] or [str(error)]
+        raise CheckpointError(
+            f"{weights} does not fit its architecture: {first[0].strip()}"
+        ) from None
+    return network.eval()
+
+
+class _NoRandomInit(TorchFunctionMode):
+    """Leaves out the random numbers that loading would overwrite, most of the time it takes.
+
+    Not the meta device, which does the same: its first use imports torch's compiler, two seconds.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func in (Tensor.normal_, Tensor.uniform_):
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def _fingerprint(description: dict[str, Any], files: dict[str, str]) -> str:
+    deciding = {
+        "architecture": description.get("architecture"),
+        "image_transform": description.get("image_transform"),
+        "files": {
+            name: digest
+            for name, digest in files.items()
+            if name == WEIGHTS or name.startswith("tokenizer/")
+        },
+    }
+    return hashlib.sha256(_canonical(deciding).encode()).hexdigest()
+
+
+def _checksum(description: dict[str, Any]) -> str:
+    rest = {key: value for key, value in description.items() if key != "checksum"}
+    return hashlib.sha256(_canonical(rest).encode()).hexdigest()
+
+
+def _hash_files(folder: Path) -> dict[str, str]:
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return {file.relative_to(folder).as_posix(): sha256(file) for file in files}
+
+
+def _canonical(value: object) -> str:
+    """One spelling per value, so that any changed byte shows."""
+    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=True) + "\n"
+
+
+def _versions() -> dict[str, str]:
+    found = {"clipserve": __version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _model_card(description: dict[str, Any]) -> str:
+    training = description["training"]
+    metrics = "\n".join(
+        f"| {key} | {value:.4g} |" if isinstance(value, float) else f"| {key} | {value} |"
+        for key, value in sorted(training.items())
+        if isinstance(value, int | float | str)
+    )
+    return f"""# {description["name"]}
+
+An image-text model trained with clipserve.
+
+- fingerprint: `{description["fingerprint"]}`
+- objective: {", ".join(description["objective"]) or "unknown"}
+- data: `{description["data_fingerprint"] or "unknown"}`
+
+| of its training | |
+|---|---|
+{metrics}
+
+```python
+import clipserve
+
+model = clipserve.load("THIS_DIRECTORY")
+model.embed_images(["picture.jpg"])
+model.zero_shot(["cat", "dog"]).classify(["picture.jpg"])
+```
+
+open_clip reads it as well: `open_clip.create_model_and_transforms("local-dir:THIS_DIRECTORY")`.
+"""

@@ -1,0 +1,189 @@
+"""Model: two open_clip towers with everything that belongs to them.
+
+A `Model` is what training writes and the service loads: network, image transform, tokenizer,
+temperature, and where it came from. Any architecture open_clip knows (but CoCa). Start at `create`
+for fresh weights and at `clipserve.checkpoint.load` for trained ones.
+
+Legend: B batch, T text tokens, D width, E embedding, N pictures or texts.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clipserve.images import DEFAULT_LIMITS, ImageLimits, ImageSource, ImageTransform
+from clipserve.text import Tokenizer
+from clipserve.towers import architecture_config, build_network
+
+if TYPE_CHECKING:
+    from clipserve.prompts import ClassHead
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """Where a model came from."""
+
+    name: str = "untitled"
+    fingerprint: str | None = None
+    """names the function from pictures and texts to vectors; None until saved"""
+    objective: tuple[str, ...] = ()
+    training: dict[str, Any] = field(default_factory=dict)
+    """summary and metrics of the training run"""
+
+
+class Model(nn.Module):
+    """Pictures and texts to unit vectors in one space."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        architecture: dict[str, Any],
+        transform: ImageTransform,
+        tokenizer: Tokenizer,
+        info: ModelInfo,
+    ) -> None:
+        super().__init__()
+        self.network: Any = network
+        self.architecture = architecture
+        self.transform = transform
+        self.tokenizer = tokenizer
+        self.info = info
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """Unit vectors (B, E) from normalised pixels (B, 3, H, W)."""
+        features = self.network.visual(pixels.to(self.dtype))
+        return F.normalize(features.float(), dim=-1)
+
+    def encode_text(self, ids: Tensor) -> Tensor:
+        """Unit vectors (B, E) from token ids (B, T).
+
+        T is the context length, or anything down to the longest text if `can_cut_text`: a causal
+        transformer gives the same answer without the padding.
+        """
+        if ids.shape[1] < self.context_length:
+            features = self._encode_cut_text(ids)
+        else:
+            features = self.network.encode_text(ids)
+        return F.normalize(features.float(), dim=-1)
+
+    def forward(self, pixels: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Both encodings: what training compiles and differentiates."""
+        return self.encode_image(pixels), self.encode_text(ids)
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """exp of the learned log-temperature: a scalar."""
+        scale: Tensor = self.network.logit_scale
+        return scale.float().exp().reshape(())
+
+    @property
+    def logit_bias(self) -> Tensor | None:
+        """SigLIP's bias, a scalar; None for CLIP."""
+        bias: Tensor | None = self.network.logit_bias
+        return None if bias is None else bias.float().reshape(())
+
+    @property
+    def embed_dim(self) -> int:
+        """E, the length of a vector."""
+        return int(self.architecture["embed_dim"])
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens of a text, start and end included."""
+        return self.tokenizer.context_length
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the towers' weights; logit scale and bias stay float32."""
+        dtype: torch.dtype = next(self.network.visual.parameters()).dtype
+        return dtype
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = next(self.network.parameters()).device
+        return device
+
+    @property
+    def can_cut_text(self) -> bool:
+        """Whether padding can be left away: attention is causal and pooling finds the end token."""
+        tower = self._text_tower
+        pooling = getattr(tower, "text_pool_type", getattr(tower, "pool_type", None))
+        return (
+            getattr(tower, "attn_mask", None) is not None
+            and not getattr(tower, "use_pad_mask", False)
+            and getattr(tower, "cls_emb", None) is None
+            and pooling == "argmax"
+        )
+
+    def embed_images(
+        self,
+        sources: Iterable[ImageSource],
+        batch_size: int = 32,
+        limits: ImageLimits = DEFAULT_LIMITS,
+    ) -> np.ndarray:
+        """(N, E) float32 unit vectors of paths, bytes or PIL images. ImageError names a bad one."""
+        from clipserve.embed import embed_images
+
+        return embed_images(self, sources, batch_size, limits)
+
+    def embed_texts(self, texts: Iterable[str], batch_size: int = 256) -> np.ndarray:
+        """(N, E) float32 unit vectors; a warning says when a text was truncated."""
+        from clipserve.embed import embed_texts
+
+        return embed_texts(self, texts, batch_size)
+
+    def zero_shot(self, labels: list[str], templates: str | list[str] = "none") -> "ClassHead":
+        """A classifier over `labels`; `templates`: a set's name, a file, or templates with `{}`."""
+        from clipserve.prompts import build_head
+
+        return build_head(self, labels, templates)
+
+    @property
+    def _text_tower(self) -> Any:
+        """open_clip's CLIP is its own text tower; CustomTextCLIP has one."""
+        return self.network if hasattr(self.network, "token_embedding") else self.network.text
+
+    def _encode_cut_text(self, ids: Tensor) -> Tensor:
+        assert self.can_cut_text
+        tower, length = self._text_tower, ids.shape[1]
+        x = tower.token_embedding(ids) + tower.positional_embedding[:length]  # (B, T, D)
+        x = tower.transformer(x, attn_mask=tower.attn_mask[:length, :length])
+        x = tower.ln_final(x)
+        x = x[torch.arange(len(x), device=x.device), ids.argmax(dim=-1)]  # (B, D), the end token's
+        projection = tower.text_projection
+        if isinstance(projection, nn.Linear):
+            x = projection(x)
+        elif projection is not None:
+            x = x @ projection
+        features: Tensor = x
+        return features
+
+
+def create(architecture: str | dict[str, Any], transform: ImageTransform | None = None) -> Model:
+    """A model with fresh weights (draws from torch's global generator; seed it first).
+
+    `architecture`: an open_clip name, or an open_clip `model_cfg` table.
+    """
+    table = architecture_config(architecture) if isinstance(architecture, str) else architecture
+    network = build_network(table)
+    name = architecture if isinstance(architecture, str) else "custom"
+    return assemble(network, table, transform, Tokenizer(table["text_cfg"]), ModelInfo(name))
+
+
+def assemble(
+    network: nn.Module,
+    architecture: dict[str, Any],
+    transform: ImageTransform | None,
+    tokenizer: Tokenizer,
+    info: ModelInfo,
+) -> Model:
+    """Put the parts together; the network's own input size is the transform's default."""
+    if transform is None:
+        size = architecture["vision_cfg"].get("image_size", 224)
+        transform = ImageTransform((size, size) if isinstance(size, int) else tuple(size))
+    return Model(network, architecture, transform, tokenizer, info)

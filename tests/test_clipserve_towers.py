@@ -1,0 +1,85 @@
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from clipserve.errors import ConfigError
+from clipserve.towers import architecture_config, build_network, is_plain
+
+
+def test_unknown_architecture_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="ViT-B-32"):
+        architecture_config("ViT-B32")
+
+
+def test_architecture_name_cannot_leave_the_folder() -> None:
+    with pytest.raises(ConfigError, match="no architecture"):
+        architecture_config("../model_configs/ViT-B-32")
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [{}, {"embed_dim": 8}, {"embed_dim": 8, "vision_cfg": {"wdith": 3}, "text_cfg": {}}],
+)
+def test_a_table_open_clip_cannot_build_is_a_config_error(broken: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        build_network(broken)
+
+
+def test_building_does_not_change_the_table(architecture: dict[str, Any]) -> None:
+    before = str(architecture)
+    build_network(architecture)
+    assert str(architecture) == before
+
+
+def test_timm_and_resnet_towers_are_not_plain(architecture: dict[str, Any]) -> None:
+    assert is_plain(architecture)
+    assert not is_plain(architecture_config("RN50"))
+    assert not is_plain(architecture_config("ViT-B-16-SigLIP"))
+
+
+def test_a_timm_tower_builds(architecture: dict[str, Any]) -> None:
+    architecture["vision_cfg"] = {
+        "timm_model_name": "resnet10t",
+        "timm_model_pretrained": False,
+        "timm_pool": "avg",
+        "timm_proj": "linear",
+        "image_size": 32,
+    }
+    network: Any = build_network(architecture).eval()
+    assert network.visual(torch.zeros(1, 3, 32, 32)).shape == (1, 16)
+
+
+LIGHT_AND_FULL_AGREE = """
+import json, sys, torch
+from clipserve.towers import build_network, tokenizer_module, zero_shot_module
+table = json.loads(sys.argv[1])
+torch.manual_seed(0); light = build_network(table).eval()
+zero_shot_module()
+tokens = tokenizer_module().SimpleTokenizer(context_length=16)(["a cat", "two dogs"])
+loaded = {name.split(".")[0] for name in sys.modules}
+assert not loaded & {"torchvision", "timm", "transformers", "open_clip"}, loaded
+import open_clip
+assert "torchvision" in sys.modules and hasattr(open_clip, "create_model_and_transforms")
+torch.manual_seed(0); full = open_clip.model.CLIP(**table).eval()
+assert type(full) is not type(light)
+pixels = torch.rand(2, 3, 32, 32)
+with torch.no_grad():
+    assert torch.equal(light.encode_image(pixels), full.encode_image(pixels))
+    assert torch.equal(light.encode_text(tokens), full.encode_text(tokens))
+assert torch.equal(tokens, open_clip.SimpleTokenizer(context_length=16)(["a cat", "two dogs"]))
+assert type(build_network(table)) is open_clip.model.CLIP
+"""
+
+
+def test_the_light_import_gives_open_clips_own_network(architecture: dict[str, Any]) -> None:
+    import json
+
+    done = subprocess.run(
+        [sys.executable, "-c", LIGHT_AND_FULL_AGREE, json.dumps(architecture)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
