@@ -1,0 +1,352 @@
+import fcntl
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+import clipserve
+from clipserve import checkpoint
+from clipserve.config import Config, load_config
+from clipserve.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    TooManyBadSamples,
+    TrainingError,
+)
+from clipserve.shards import ShardSet, scan, write_manifest
+from training import recipe
+from training.evaluate.retrieval import evaluate_retrieval
+from training.loop import TrainResult, train
+from training.shards import PackOptions, pack
+from training.state import verify_state
+
+SMALL = [
+    "model.preset=tiny",
+    "model.architecture.embed_dim=16",
+    "model.architecture.vision_cfg.image_size=32",
+    "model.architecture.vision_cfg.patch_size=16",
+    "model.architecture.vision_cfg.width=32",
+    "model.architecture.vision_cfg.layers=1",
+    "model.architecture.vision_cfg.head_width=16",
+    "model.architecture.text_cfg.width=32",
+    "model.architecture.text_cfg.heads=2",
+    "model.architecture.text_cfg.layers=1",
+    "optim.warmup_steps=2",
+    "data.batch_size=8",
+    "data.workers=0",
+    "train.precision=fp32",
+    "train.compile=off",
+    "train.log_every=1",
+]
+
+EASY = [
+    "optim.lr=1e-2",
+    "data.crop_scale=[1,1]",
+    "model.architecture.vision_cfg.patch_dropout=0",
+]
+
+
+@pytest.fixture
+def data(captioned: Any, tmp_path: Path) -> Path:
+    pack(captioned(24, "a"), tmp_path / "data" / "train", PackOptions(samples_per_shard=10))
+    pack(captioned(10, "b"), tmp_path / "data" / "val")
+    return tmp_path / "data"
+
+
+def config(data: Path, out: Path, *more: str) -> Config:
+    given = [f"out={out}", f"data.train={data / 'train'}", f"data.val={data / 'val'}"]
+    length = [] if any(m.startswith("train.steps") for m in more) else ["train.epochs=3"]
+    return load_config(None, [*given, *SMALL, *length, *more])
+
+
+def run(settings: Config, resume: str = "auto") -> tuple[TrainResult, str]:
+    console = Console(file=io.StringIO(), width=200)
+    result = train(settings, resume, console)
+    assert isinstance(console.file, io.StringIO)
+    return result, console.file.getvalue()
+
+
+def losses(out: Path) -> dict[int, float]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return dict(checkpoint.load_for_training(folder).network.state_dict())
+
+
+def test_a_run_leaves_all_it_promises(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    result, printed = run(config(data, out))
+    assert result.step == 9
+    assert (out / "latest").resolve().name == "step-000000009"
+    assert result.best == out / "best"
+    assert list((out / "tensorboard").iterdir())
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 10))
+    assert [line["step"] for line in lines if "val/mean_r1" in line] == [3, 6, 9]
+    assert {"epoch", "samples", "lr", "logit_scale", "samples_per_second"} <= set(lines[0])
+    assert "step 9/9" in printed
+    assert "samples/s" in printed
+    assert "ETA" in printed
+    assert load_config(out / "config.toml").data.batch_size == 8
+    description = checkpoint.verify(out / "best")
+    assert description["training"]["val/mean_r1"] >= result.metrics["val/mean_r1"]
+    assert description["objective"] == ["contrastive"]
+    assert description["data_fingerprint"] == ShardSet.open(data / "train").manifest.fingerprint
+
+
+def test_the_loss_falls(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    run(config(data, out, *EASY, "train.steps=21"))
+    seen = losses(out)
+    assert seen[21] < 0.8 * seen[1]
+
+
+def test_the_best_checkpoint_is_the_one_with_the_best_metric(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    run(config(data, out, "train.steps=15"))
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    scores = {line["step"]: line["val/mean_r1"] for line in lines if "val/mean_r1" in line}
+    top = max(scores.values())
+    first = min(step for step, score in scores.items() if score == top)
+    assert (out / "best").resolve().name == f"step-{first:09d}"
+    described = checkpoint.read_description((out / "best").resolve())["training"]
+    assert described["val/mean_r1"] == top
+
+
+def test_two_and_two_epochs_equal_four_to_the_last_bit(data: Path, tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(config(data, whole))
+    stopped = config(data, parts)
+
+    class Stop(Exception):
+        pass
+
+    from training import loop
+
+    real = loop._save
+
+    def save_then_stop(*arguments: Any, **named: Any) -> None:
+        real(*arguments, **named)
+        if len(list((parts / "checkpoints").iterdir())) == 2:
+            raise Stop
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "_save", save_then_stop)
+        with pytest.raises(Stop):
+            run(stopped)
+    with (parts / "metrics.jsonl").open("a") as file:  # what a killed process may leave
+        file.write('{"step": 8, "loss": 123.0}\n{"step": 9, "lo')
+    run(stopped)
+    assert losses(parts) == losses(whole)
+    one, other = weights(whole / "latest"), weights(parts / "latest")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_finished_run_is_not_run_again(data: Path, tmp_path: Path) -> None:
+    settings = config(data, tmp_path / "run")
+    run(settings)
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    result, _ = run(settings)
+    assert result.step == 9
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
+def test_a_directory_with_a_run_is_not_overwritten(data: Path, tmp_path: Path) -> None:
+    settings = config(data, tmp_path / "run")
+    run(settings, resume="no")
+    with pytest.raises(ConfigError, match="already holds a run"):
+        run(settings, resume="no")
+    with pytest.raises(CheckpointError, match="not a checkpoint directory"):
+        run(settings, resume=str(tmp_path))
+
+
+def test_changed_shards_are_not_resumed_on(data: Path, tmp_path: Path, captioned: Any) -> None:
+    run(config(data, tmp_path / "run"))
+    pack(captioned(24, "c"), tmp_path / "other")
+    changed = config(data, tmp_path / "run", f"data.train={tmp_path / 'other'}")
+    # Same pictures in one shard instead of three: another manifest.
+    with pytest.raises(CheckpointError, match="training shards changed"):
+        run(changed)
+
+
+def test_another_architecture_is_not_resumed_on(data: Path, tmp_path: Path) -> None:
+    run(config(data, tmp_path / "run"))
+    with pytest.raises(CheckpointError, match="another architecture"):
+        run(config(data, tmp_path / "run", "model.architecture.text_cfg.layers=2"))
+
+
+def test_old_checkpoints_go_but_the_linked_stay(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    run(config(data, out, "train.steps=12", "train.keep_checkpoints=1"))
+    left = {path.name for path in (out / "checkpoints").iterdir()}
+    assert left == {(out / "latest").resolve().name, (out / "best").resolve().name}
+    for link in ("latest", "best"):
+        checkpoint.verify(out / link)
+
+
+def test_checkpoints_between_epochs(data: Path, tmp_path: Path) -> None:
+    more = ("train.steps=4", "train.checkpoint_every_steps=2", "train.keep_checkpoints=9")
+    run(config(data, tmp_path / "run", *more))
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["step-000000002", "step-000000003", "step-000000004"]
+
+
+def test_validation_equals_the_served_models_retrieval(data: Path, tmp_path: Path) -> None:
+    result, _ = run(config(data, tmp_path / "run", "train.steps=3"))
+    served = clipserve.load(tmp_path / "run" / "latest")
+    scores = evaluate_retrieval(served, ShardSet.open(data / "val"), prefix="val/")
+    assert scores == result.metrics
+
+
+def test_training_continues_from_pretrained_weights(
+    data: Path, tmp_path: Path, architecture: Any
+) -> None:
+    run(config(data, tmp_path / "first", "train.steps=3"))
+    start = weights(tmp_path / "first" / "latest")
+    pretrained = f"model.pretrained={tmp_path / 'first' / 'latest'}"
+    run(config(data, tmp_path / "second", "train.steps=1", "optim.lr=1e-30", pretrained))
+    for name, value in weights(tmp_path / "second" / "latest").items():
+        assert torch.allclose(value, start[name], atol=1e-6)
+    with pytest.raises(ConfigError, match=r"nowhere.*not a clipserve model directory"):
+        run(config(data, tmp_path / "third", "model.pretrained=nowhere"))
+    other = (pretrained, "model.architecture.embed_dim=32")
+    with pytest.raises(ConfigError, match="not that of model.pretrained"):
+        run(config(data, tmp_path / "third", *other))
+    bare = [f"out={tmp_path / 'fourth'}", f"data.train={data / 'train'}", "train.steps=1"]
+    rest = [s for s in SMALL if not s.startswith("model.")]
+    run(load_config(None, [*bare, *rest, pretrained]))
+    assert weights(tmp_path / "fourth" / "latest").keys() == start.keys()
+
+
+def test_what_would_fail_after_an_epoch_is_refused_before_the_first(
+    data: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=r"val/r1.*val/mean_r1"):
+        run(config(data, tmp_path / "run", "train.best_metric=val/r1"))
+    (tmp_path / "none").mkdir()
+    write_manifest(tmp_path / "none", *scan(tmp_path / "none", []))
+    with pytest.raises(DataError, match="holds no samples"):
+        run(config(data, tmp_path / "run", f"data.val={tmp_path / 'none'}"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_diverged_run_stops_with_its_last_good_checkpoint(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"the loss is nan.*optim.lr"):
+        run(config(data, tmp_path / "run", "optim.lr=1e30"))
+    assert "nan" not in json.dumps(list(losses(tmp_path / "run").values())).lower()
+
+
+def test_another_order_of_samples_is_not_resumed_on(data: Path, tmp_path: Path) -> None:
+    run(config(data, tmp_path / "run"))
+    for change in ("data.batch_size=4", "train.seed=1"):
+        with pytest.raises(CheckpointError, match="changed since step-000000009 was written"):
+            run(config(data, tmp_path / "run", change, "train.epochs=9"))
+
+
+def test_damaged_state_is_found_by_verify_and_by_resuming(data: Path, tmp_path: Path) -> None:
+    run(config(data, tmp_path / "run"))
+    state = (tmp_path / "run" / "latest").resolve() / "state"
+    for name in ("counters.json", "optimizer.safetensors"):
+        original = (state / name).read_bytes()
+        damaged = bytearray(original)
+        damaged[len(damaged) // 2] ^= 1
+        (state / name).write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=name.split(".")[0]):
+            verify_state(state.parent)
+        with pytest.raises(CheckpointError, match=name.split(".")[0]):
+            run(config(data, tmp_path / "run", "train.epochs=9"))
+        (state / name).write_bytes(original)
+    verify_state(state.parent)
+
+
+def test_a_link_that_leads_nowhere_is_not_a_fresh_start(data: Path, tmp_path: Path) -> None:
+    run(config(data, tmp_path / "run"))
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    with pytest.raises(CheckpointError, match="latest leads nowhere"):
+        run(config(data, tmp_path / "run"))
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
+def test_two_processes_do_not_train_into_one_directory(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with (tmp_path / "run" / ".lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="another process is training"):
+            run(config(data, tmp_path / "run"))
+
+
+def test_a_workers_error_arrives_as_one_line(data: Path, tmp_path: Path) -> None:
+    settings = config(data, tmp_path / "run", "data.workers=1")
+    prepared = recipe.prepare(settings)
+    for shard in (data / "train").glob("*.tar"):
+        shard.write_bytes(shard.read_bytes()[:1024])
+    with pytest.raises(DataError, match=r"^shard 00000\d\.tar ends before byte \d+: it was cut$"):
+        list(prepared.stream.batches(0, 1, workers=1))
+
+
+def test_truncated_captions_are_counted(data: Path, tmp_path: Path) -> None:
+    short = "model.architecture.text_cfg.context_length=4"
+    run(config(data, tmp_path / "run", "train.steps=1", short))
+    (line,) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[:1]
+    assert json.loads(line)["truncated_fraction"] == 1.0
+
+
+def test_too_many_bad_samples_stop_the_run(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = ShardSet.read
+
+    def read(self: ShardSet, i: int) -> Any:
+        sample = real(self, i)
+        if i % 2 and self.folder.name == "train":
+            object.__setattr__(sample, "image", sample.image[:60])
+        return sample
+
+    monkeypatch.setattr(ShardSet, "read", read)
+    with pytest.raises(TooManyBadSamples, match="max_bad_fraction"):
+        run(config(data, tmp_path / "run"))
+    listed = (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()
+    assert len(listed) > 10
+    assert {"shard", "key", "kind", "reason"} == set(json.loads(listed[0]))
+
+
+def test_bf16_training_stays_near_fp32(data: Path, tmp_path: Path) -> None:
+    still = "model.architecture.vision_cfg.patch_dropout=0"
+    run(config(data, tmp_path / "a", "train.steps=6", still))
+    run(config(data, tmp_path / "b", "train.steps=6", still, "train.precision=bf16"))
+    full, half = losses(tmp_path / "a"), losses(tmp_path / "b")
+    assert full != half
+    assert all(abs(full[step] - half[step]) < 0.05 for step in full)
+
+
+def test_gradient_clipping_bounds_the_first_step(data: Path, tmp_path: Path) -> None:
+    run(config(data, tmp_path / "a", "train.steps=2", "optim.grad_clip=1e-8", "optim.eps=1e-3"))
+    run(config(data, tmp_path / "b", "train.steps=2", "optim.eps=1e-3"))
+    assert losses(tmp_path / "a")[1] == losses(tmp_path / "b")[1]
+    assert losses(tmp_path / "a")[2] != losses(tmp_path / "b")[2]
+
+
+@pytest.mark.slow
+def test_compiled_towers_learn_the_same(data: Path, tmp_path: Path) -> None:
+    run(config(data, tmp_path / "a", "train.steps=3"))
+    run(config(data, tmp_path / "b", "train.steps=3", "train.compile=on"))
+    eager, compiled = losses(tmp_path / "a"), losses(tmp_path / "b")
+    assert all(abs(eager[step] - compiled[step]) < 1e-3 for step in eager)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_the_gpu_trains_as_the_cpu_does(data: Path, tmp_path: Path) -> None:
+    run(config(data, tmp_path / "a", "train.steps=4", "train.device=cpu"))
+    run(config(data, tmp_path / "b", "train.steps=4", "train.device=cuda"))
+    cpu, gpu = losses(tmp_path / "a"), losses(tmp_path / "b")
+    assert all(abs(cpu[step] - gpu[step]) < 1e-3 for step in cpu)

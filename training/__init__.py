@@ -1,0 +1,1 @@
+"""Learns: from packed shards to model directories. Start at `training.loop.train`."""

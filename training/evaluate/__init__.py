@@ -1,0 +1,1 @@
+"""Measures a model on shards that it was not trained on."""

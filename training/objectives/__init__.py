@@ -1,0 +1,1 @@
+"""One file per objective, each a pure function of tensors."""

@@ -1,0 +1,129 @@
+"""Where a run's numbers go: metrics.jsonl, TensorBoard, a line or a bar for the person watching.
+
+On a terminal a progress bar with ETA and samples/s; elsewhere a plain line at every log step.
+"""
+
+import json
+import logging
+import math
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from clipserve.shards import BadSample
+
+logger = logging.getLogger(__name__)
+
+
+class Tracker:
+    """Appends to the run directory; close it, or use it as a context manager.
+
+    Resuming at `start_step` drops the lines that a killed run wrote beyond its checkpoint.
+    """
+
+    def __init__(self, out: Path, start_step: int, total_steps: int, console: Console) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        _drop_lines_after(out / "metrics.jsonl", start_step)
+        self._metrics = (out / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
+        self._bad = (out / "bad_samples.jsonl").open("a", encoding="utf-8", buffering=1)
+        self._board = SummaryWriter(str(out / "tensorboard"), purge_step=start_step + 1)
+        self._total = total_steps
+        self._start_step, self._started = start_step, time.monotonic()
+        self._console = console
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total}"),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task(
+            "training", total=total_steps, completed=start_step, numbers=""
+        )
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+        self._board.close()
+        self._metrics.close()
+        self._bad.close()
+
+    def advance(self, step: int) -> None:
+        """Move the bar to `step`."""
+        self._progress.update(self._task, completed=step)
+
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        """One line of metrics.jsonl, the same to TensorBoard, and the person's line."""
+        self._metrics.write(json.dumps({"step": step, **values}, allow_nan=True) + "\n")
+        for key, value in values.items():
+            if isinstance(value, int | float):
+                self._board.add_scalar(key, value, step)
+        text = _summary(values)
+        self._progress.update(self._task, completed=step, numbers=text)
+        if not self._console.is_terminal or "loss" not in values:
+            eta = "" if self._console.is_terminal else f"  ETA {self._eta(step)}"
+            self._console.print(f"step {step}/{self._total}  {text}{eta}", highlight=False)
+
+    def bad_sample(self, bad: BadSample) -> None:
+        """One line of bad_samples.jsonl."""
+        line = {"shard": bad.shard, "key": bad.key, "kind": bad.kind, "reason": bad.reason}
+        self._bad.write(json.dumps(line) + "\n")
+        logger.warning("bad sample %s:%s: %s", bad.shard, bad.key, bad.reason)
+
+    def _eta(self, step: int) -> str:
+        done = step - self._start_step
+        if done <= 0:
+            return "?"
+        seconds = (time.monotonic() - self._started) / done * (self._total - step)
+        minutes, seconds = divmod(math.ceil(seconds), 60)
+        hours, minutes = divmod(minutes, 60)
+        return (
+            f"{hours}:{minutes:02.0f}:{seconds:02.0f}"
+            if hours
+            else f"{minutes:.0f}:{seconds:02.0f}"
+        )
+
+
+def _summary(values: dict[str, Any]) -> str:
+    wanted = {
+        "loss": "loss {:.4f}",
+        "samples_per_second": "{:.0f} samples/s",
+        "lr": "lr {:.2e}",
+        "logit_scale": "scale {:.1f}",
+        "val/i2t_r1": "i2t R@1 {:.1%}",
+        "val/t2i_r1": "t2i R@1 {:.1%}",
+        "val/mean_r10": "mean R@10 {:.1%}",
+    }
+    return "  ".join(form.format(values[key]) for key, form in wanted.items() if key in values)
+
+
+def _drop_lines_after(file: Path, step: int) -> None:
+    if not file.exists():
+        return
+    kept = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError):
+            continue  # the last line of a killed process may be half written
+    from clipserve.files import write_atomic
+
+    write_atomic(file, "".join(f"{line}\n" for line in kept))
