@@ -1,0 +1,378 @@
+import contextlib
+import os
+import resource
+import signal
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from clipserve.errors import IndexStoreError
+from index.collection import DATABASE, Collection, Item
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = {"fingerprint": "a" * 64, "model_name": "tiny", "embed_dim": 8}
+
+
+@pytest.fixture
+def collection(tmp_path: Path) -> Iterator[Collection]:
+    with Collection.create(tmp_path / "pets", **MODEL) as made:
+        yield made
+
+
+def unit(count: int, seed: int = 0, dim: int = 8) -> np.ndarray:
+    vectors = np.random.default_rng(seed).standard_normal((count, dim)).astype(np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def test_items_come_back_as_they_were_put(collection: Collection) -> None:
+    items = [
+        Item("cat/1", "a cat", "cats.csv row 2", {"tags": ["a", 1, None], "nested": {"x": 0.5}}),
+        Item("\u732b \U0001f431", "\u00e9\u00e8", "", {}),
+    ]
+    vectors = unit(2)
+    collection.upsert(items, vectors, [b"jpeg", None])
+    assert collection.get(["cat/1", "\u732b \U0001f431", "none"]) == {i.id: i for i in items}
+    assert collection.count() == 2
+    assert collection.thumbnail("cat/1") == b"jpeg"
+    assert collection.thumbnail("\u732b \U0001f431") is None
+    assert collection.contains(["none", "cat/1"]) == {"cat/1"}
+    assert np.array_equal(collection.vectors_of(collection.rowids()), vectors)
+
+
+def test_what_was_written_is_there_after_opening_again(tmp_path: Path) -> None:
+    with Collection.create(tmp_path / "pets", **MODEL) as collection:
+        collection.upsert([Item("a"), Item("b")], unit(2))
+        collection.delete(["a"])
+    with Collection.open(tmp_path / "pets", read_only=True) as again:
+        assert [item.id for item in again.scan()] == ["b"]
+        assert (again.name, again.fingerprint, again.model_name, again.embed_dim) == (
+            "pets",
+            "a" * 64,
+            "tiny",
+            8,
+        )
+        assert again.generation() == 2
+        with pytest.raises(IndexStoreError, match="read-only"):
+            again.delete(["b"])
+
+
+def test_an_upsert_replaces_everything_of_the_item_under_a_new_row(collection: Collection) -> None:
+    collection.upsert([Item("a", "old"), Item("b")], unit(2), [b"old", b"b"])
+    old = collection.rowids()
+    collection.upsert([Item("a", "new")], unit(1, seed=1))
+    assert collection.count() == 2
+    assert collection.get(["a"])["a"].caption == "new"
+    assert collection.thumbnail("a") is None
+    assert collection.rowids().tolist() == [old[1], old[1] + 1]
+    assert collection.deleted_since(1).tolist() == [old[0]]
+
+
+def test_a_row_number_is_never_used_twice(collection: Collection) -> None:
+    collection.upsert([Item("a"), Item("b")], unit(2))
+    highest = collection.rowids().max()
+    collection.delete(["a", "b"])
+    collection.upsert([Item("a")], unit(1))
+    assert collection.rowids().tolist() == [highest + 1]
+
+
+def test_delete_counts_what_was_there(collection: Collection) -> None:
+    collection.upsert([Item("a"), Item("b"), Item("c")], unit(3), [b"1", b"2", b"3"])
+    assert collection.delete(["a", "a", "none", "c"]) == 2
+    assert collection.count() == 1
+    assert collection.thumbnail("a") is None
+    assert len(collection.rowids()) == 1
+
+
+def test_scan_pages_through_all_ids_in_order(collection: Collection) -> None:
+    ids = [f"{i:03d}" for i in range(25)]
+    collection.upsert([Item(id) for id in reversed(ids)], unit(25))
+    seen: list[str] = []
+    while page := collection.scan(start_after=seen[-1] if seen else "", limit=10):
+        seen += [item.id for item in page]
+    assert seen == ids
+    with pytest.raises(IndexStoreError, match="limit 0"):
+        collection.scan(limit=0)
+
+
+def test_many_ids_are_looked_up_at_once(collection: Collection) -> None:
+    ids = [f"{i}" for i in range(1234)]
+    collection.upsert([Item(id) for id in ids], unit(1234))
+    assert collection.contains([*ids, "x"]) == set(ids)
+    assert collection.delete(ids) == 1234
+
+
+def test_vectors_are_read_in_the_order_asked_for(collection: Collection) -> None:
+    vectors = unit(5)
+    collection.upsert([Item(f"{i}") for i in range(5)], vectors)
+    rowids = collection.rowids()[[3, 0, 3, 4]]
+    assert np.array_equal(collection.vectors_of(rowids), vectors[[3, 0, 3, 4]])
+
+
+@pytest.mark.parametrize(
+    ("items", "vectors", "says"),
+    [
+        ([Item("a")], unit(1, dim=7), r"\(1, 7\).*needs \(1, 8\)"),
+        ([Item("a")], unit(2), r"\(2, 8\)"),
+        ([Item("a"), Item("b")], np.stack([unit(1)[0], np.zeros(8)]), "'b' has length 0"),
+        ([Item("a")], np.full((1, 8), np.nan), "'a' has length nan"),
+        ([Item("a")], np.full((1, 8), np.inf), "'a' has length inf"),
+        ([Item("a")], unit(1) * 1.01, "'a' has length 1.01"),
+        ([Item("a"), Item("b"), Item("a")], unit(3), "'a' is given twice"),
+        ([Item("")], unit(1), "1 to 512 bytes"),
+        ([Item("\u00e9" * 257)], unit(1), "1 to 512 bytes"),
+        ([Item("\ud800")], unit(1), "id"),
+        ([Item("a", caption="\ud800")], unit(1), "'a': caption"),
+        ([Item("a", metadata={"x": float("nan")})], unit(1), "'a': metadata"),
+        ([Item("a", metadata={"x": "\ud800"})], unit(1), "'a': metadata"),
+        ([Item("a", metadata={"x": {1, 2}})], unit(1), "'a': metadata"),
+    ],
+)
+def test_what_cannot_be_stored_is_refused_whole(
+    collection: Collection, items: list[Item], vectors: np.ndarray, says: str
+) -> None:
+    with pytest.raises(IndexStoreError, match=says):
+        collection.upsert(items, vectors)
+    assert collection.count() == 0
+    assert collection.generation() == 0
+
+
+def test_a_failed_write_leaves_what_was_there(collection: Collection) -> None:
+    collection.upsert([Item("a", "old")], unit(1))
+    with pytest.raises(IndexStoreError, match="2 thumbnails for 1"):
+        collection.upsert([Item("a", "new")], unit(1), [b"", b""])
+    with pytest.raises(IndexStoreError, match="Unicode"):
+        collection.delete(["a", "\ud800"])
+    assert collection.get(["a"])["a"].caption == "old"
+
+
+def test_vectors_of_about_unit_length_are_made_exact(collection: Collection) -> None:
+    collection.upsert([Item("a")], unit(1) * 1.0005)
+    stored = collection.vectors_of(collection.rowids())
+    assert np.allclose(stored, unit(1), atol=1e-7)
+
+
+def test_an_existing_collection_is_not_created_again(tmp_path: Path) -> None:
+    Collection.create(tmp_path / "pets", **MODEL).close()
+    with pytest.raises(IndexStoreError, match="holds a collection already"):
+        Collection.create(tmp_path / "pets", **MODEL)
+
+
+def test_another_models_collection_is_refused_naming_both(tmp_path: Path) -> None:
+    Collection.open_or_create(tmp_path / "pets", **MODEL).close()
+    Collection.open_or_create(tmp_path / "pets", **MODEL).close()
+    with pytest.raises(IndexStoreError, match=f"{'a' * 12}, not by the one with {'b' * 12}"):
+        Collection.open_or_create(tmp_path / "pets", **(MODEL | {"fingerprint": "b" * 64}))
+
+
+def test_what_is_no_collection_is_named(tmp_path: Path) -> None:
+    with pytest.raises(IndexStoreError, match="clipserve embed"):
+        Collection.open(tmp_path)
+    (tmp_path / DATABASE).write_bytes(b"not a database at all" * 100)
+    with pytest.raises(IndexStoreError, match="not a collection, or damaged"):
+        Collection.open(tmp_path)
+
+
+def test_another_programs_database_is_left_alone(tmp_path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(tmp_path / DATABASE)) as database:
+        database.execute("CREATE TABLE theirs (x)")
+    before = (tmp_path / DATABASE).read_bytes()
+    with pytest.raises(IndexStoreError, match="another SQLite database"):
+        Collection.open(tmp_path)
+    with pytest.raises(IndexStoreError, match="another SQLite database"):
+        Collection.open_or_create(tmp_path, **MODEL)
+    assert (tmp_path / DATABASE).read_bytes() == before
+
+
+def test_a_newer_format_is_refused(tmp_path: Path) -> None:
+    Collection.create(tmp_path, **MODEL).close()
+    with contextlib.closing(sqlite3.connect(tmp_path / DATABASE)) as database:
+        database.execute("PRAGMA user_version = 2")
+    with pytest.raises(IndexStoreError, match="format 2; this clipserve reads up to 1"):
+        Collection.open(tmp_path)
+
+
+def test_a_damaged_database_is_an_error_and_no_answer(tmp_path: Path) -> None:
+    with Collection.create(tmp_path, **MODEL) as collection:
+        collection.upsert([Item(f"{i}", "x" * 500) for i in range(500)], unit(500))
+    data = bytearray((tmp_path / DATABASE).read_bytes())
+    data[3 * 16384 : 20 * 16384] = b"\x55" * (17 * 16384)
+    (tmp_path / DATABASE).write_bytes(data)
+    with (
+        pytest.raises(IndexStoreError, match="damaged"),
+        Collection.open(tmp_path) as collection,
+    ):
+        collection.get([f"{i}" for i in range(500)])
+
+
+def test_a_half_made_database_is_completed(tmp_path: Path) -> None:
+    (tmp_path / DATABASE).touch()  # killed between making the file and the tables
+    with Collection.open_or_create(tmp_path, **MODEL) as collection:
+        assert collection.count() == 0
+
+
+def test_a_closed_collection_says_so(tmp_path: Path) -> None:
+    collection = Collection.create(tmp_path, **MODEL)
+    collection.close()
+    with pytest.raises(IndexStoreError, match="closed"):
+        collection.count()
+    assert not (tmp_path / f"{DATABASE}-wal").exists()
+
+
+def test_a_snapshot_does_not_see_later_writes(collection: Collection) -> None:
+    collection.upsert([Item("a")], unit(1))
+
+    def write() -> None:
+        collection.upsert([Item("b")], unit(1))
+
+    with collection.snapshot() as generation:
+        writer = threading.Thread(target=write)
+        writer.start()
+        writer.join()
+        assert generation == collection.generation() == 1
+        assert [item.id for item in collection.scan()] == ["a"]
+    assert collection.generation() == 2
+
+
+def test_deletions_long_ago_are_forgotten_and_that_is_told(
+    collection: Collection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("index.collection._REMEMBERED_WRITES", 3)
+    for i in range(6):
+        collection.upsert([Item("a", f"{i}")], unit(1))
+    assert collection.deleted_since(2) is None
+    assert collection.deleted_since(3).tolist() == [3, 4, 5]
+    assert collection.deleted_since(7) is None  # a state that never was: of a restored backup
+
+
+def test_a_full_disk_loses_nothing(collection: Collection) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    acknowledged: list[str] = []
+
+    def fill() -> None:
+        for i in range(1000):
+            collection.upsert([Item(f"{i}")], unit(1), [b"x" * 20_000])
+            acknowledged.append(f"{i}")
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (600_000, hard))
+    try:
+        with pytest.raises(IndexStoreError, match="nothing of this write was kept"):
+            fill()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert 1 < len(acknowledged) < 1000
+    assert collection.contains([f"{i}" for i in range(1000)]) == set(acknowledged)
+    collection.upsert([Item("more")], unit(1))
+    assert collection.count() == len(acknowledged) + 1
+
+
+@contextlib.contextmanager
+def unwritable(path: Path) -> Iterator[None]:
+    """Not even root may write there meanwhile: it is not root meanwhile."""
+    path.chmod(0o555)
+    is_root = os.geteuid() == 0
+    if is_root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if is_root:
+            os.seteuid(0)
+        path.chmod(0o755)
+
+
+def test_a_read_only_directory_can_be_read_and_says_so_when_written() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "pets"
+        Path(folder).chmod(0o755)
+        with Collection.create(path, **MODEL) as collection:
+            collection.upsert([Item("a")], unit(1))
+        with unwritable(path):
+            with Collection.open(path, read_only=True) as collection:
+                assert [item.id for item in collection.scan()] == ["a"]
+                assert np.allclose(collection.vectors_of(collection.rowids()), unit(1))
+                with pytest.raises(IndexStoreError, match="read-only"):
+                    collection.upsert([Item("b")], unit(1))
+            with pytest.raises(IndexStoreError, match="make its directory and files writable"):
+                Collection.open(path)
+            with pytest.raises(IndexStoreError, match="cannot be made: Permission denied"):
+                Collection.create(path / "below", **MODEL)
+
+
+WRITER = """
+import sys
+import numpy as np
+from pathlib import Path
+from index.collection import Collection, Item
+start = int(sys.argv[2])
+vectors = np.eye(8, dtype=np.float32)[:3]
+with Collection.open(Path(sys.argv[1])) as collection:
+    for i in range(start, start + 100_000):
+        ids = [f"{i}-{part}" for part in "abc"]
+        collection.upsert([Item(id, id) for id in ids], vectors, [id.encode() for id in ids])
+        sys.stdout.write(f"{i}\\n")
+        sys.stdout.flush()
+"""
+
+
+def test_a_killed_writer_loses_nothing_that_it_acknowledged(tmp_path: Path) -> None:
+    path = tmp_path / "pets"
+    Collection.create(path, **MODEL).close()
+    acknowledged: list[int] = []
+    for start, after in ((0, 3), (100_000, 25), (200_000, 60)):
+        command = [sys.executable, "-c", WRITER, str(path), str(start)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as writer:
+            assert writer.stdout is not None
+            acknowledged += [int(writer.stdout.readline()) for _ in range(after)]
+            writer.send_signal(signal.SIGKILL)
+            acknowledged += [int(line) for line in writer.stdout if line.endswith("\n")]
+        with Collection.open(path) as collection:
+            ids = {f"{i}-{part}" for i in acknowledged for part in "abc"}
+            assert collection.contains(ids) == ids
+            # At most one write was whole but not yet acknowledged; none is half there.
+            assert collection.count() in (len(ids), len(ids) + 3)
+            acknowledged = sorted({int(id.split("-")[0]) for id in all_ids(collection)})
+            assert collection.count() == 3 * len(acknowledged)
+            for item in collection.scan(limit=10_000):
+                assert collection.thumbnail(item.id) == item.id.encode()
+            rowids = collection.rowids()
+            assert len(collection.vectors_of(rowids)) == len(rowids) == collection.count()
+
+
+def all_ids(collection: Collection) -> list[str]:
+    return [item.id for item in collection.scan(limit=100_000)]
+
+
+def test_processes_and_threads_write_together_without_loss(tmp_path: Path) -> None:
+    path = tmp_path / "pets"
+    code = (
+        "import sys, numpy as np; from pathlib import Path\n"
+        "from index.collection import Collection, Item\n"
+        "c = Collection.open_or_create(\n"
+        "    Path(sys.argv[1]), fingerprint='a' * 64, model_name='tiny', embed_dim=8)\n"
+        "for i in range(40): c.upsert([Item(f'{sys.argv[2]}-{i}')], np.eye(8)[:1])\n"
+    )
+    writers = [
+        subprocess.Popen([sys.executable, "-c", code, str(path), name], cwd=ROOT) for name in "xyz"
+    ]
+    with Collection.open_or_create(path, **MODEL) as collection:
+
+        def write(name: str) -> None:
+            for i in range(40):
+                collection.upsert([Item(f"{name}-{i}")], unit(1))
+
+        threads = [threading.Thread(target=write, args=(name,)) for name in "uv"]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert [writer.wait() for writer in writers] == [0, 0, 0]
+        assert collection.count() == 200
+        assert collection.generation() == 200
+        assert set(all_ids(collection)) == {f"{n}-{i}" for n in "xyzuv" for i in range(40)}

@@ -1,0 +1,422 @@
+import logging
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_index_collection import unwritable
+
+from clipserve.errors import IndexStoreError
+from index import build as build_module
+from index import search as search_module
+from index.build import build
+from index.collection import Collection, Item
+from index.search import Hit, Searcher
+
+ROOT = Path(__file__).resolve().parent.parent
+DIM = 16
+
+
+def unit(count: int, seed: int = 0) -> np.ndarray:
+    vectors = np.random.default_rng(seed).standard_normal((count, DIM)).astype(np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def clustered(count: int, seed: int = 0) -> np.ndarray:
+    random = np.random.default_rng(seed)
+    vectors = random.standard_normal((count // 20, DIM))[random.integers(0, count // 20, count)]
+    vectors += 0.4 * random.standard_normal((count, DIM))
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+class Truth:
+    """A collection beside a dictionary that says what must be found in it."""
+
+    def __init__(self, path: Path) -> None:
+        self.collection = Collection.create(
+            path, fingerprint="a" * 64, model_name="tiny", embed_dim=DIM
+        )
+        self.vectors: dict[str, np.ndarray] = {}
+
+    def upsert(self, ids: list[str], vectors: np.ndarray) -> None:
+        items = [Item(id, f"about {id}", "here", {"of": id}) for id in ids]
+        self.collection.upsert(items, vectors)
+        self.vectors |= dict(zip(ids, vectors, strict=True))
+
+    def delete(self, ids: list[str]) -> None:
+        self.collection.delete(ids)
+        for id in ids:
+            self.vectors.pop(id)
+
+    def best(self, query: np.ndarray, k: int) -> list[tuple[float, str]]:
+        ids = np.array(sorted(self.vectors))
+        vectors = np.array([self.vectors[id] for id in ids], dtype=np.float64).reshape(-1, DIM)
+        query = query.astype(np.float64)
+        scores = (vectors @ (query / np.linalg.norm(query))).astype(np.float32)
+        order = np.argsort(-scores, kind="stable")[:k]
+        return [(float(scores[i]), str(ids[i])) for i in order]
+
+    def check(self, searcher: Searcher, queries: np.ndarray, k: int) -> None:
+        answers = searcher.search(queries, k)
+        assert len(answers) == len(queries)
+        for query, hits in zip(queries, answers, strict=True):
+            expected = self.best(query, k)
+            assert [hit.id for hit in hits] == [id for _, id in expected]
+            assert np.allclose([h.score for h in hits], [s for s, _ in expected], atol=2e-7)
+
+    def recall(self, searcher: Searcher, queries: np.ndarray, k: int) -> float:
+        """Also checks that every hit is alive, and has its exact score."""
+        found = 0
+        for query, hits in zip(queries, searcher.search(queries, k), strict=True):
+            found += len({hit.id for hit in hits} & {id for _, id in self.best(query, k)})
+            assert len({hit.id for hit in hits}) == len(hits) == min(k, len(self.vectors))
+            scores = [float(self.vectors[hit.id].astype(np.float64) @ query) for hit in hits]
+            assert np.allclose([hit.score for hit in hits], scores, atol=1e-6)
+            assert scores == sorted(scores, reverse=True)
+        return found / (k * len(queries))
+
+
+@pytest.fixture
+def truth(tmp_path: Path) -> Iterator[Truth]:
+    made = Truth(tmp_path / "pets")
+    yield made
+    made.collection.close()
+
+
+@pytest.fixture
+def open_searcher(truth: Truth) -> Iterator[Callable[[], Searcher]]:
+    opened: list[Searcher] = []
+
+    def open_one() -> Searcher:
+        opened.append(Searcher(truth.collection.path, fingerprint="a" * 64, device="cpu"))
+        return opened[-1]
+
+    yield open_one
+    for searcher in opened:
+        searcher.close()
+
+
+Opener = Callable[[], Searcher]
+
+
+def test_search_agrees_with_brute_force_through_every_kind_of_write(
+    truth: Truth, open_searcher: Opener
+) -> None:
+    searcher = open_searcher()
+    queries = unit(8, seed=9)
+    truth.check(searcher, queries, 5)  # empty
+    truth.upsert([f"{i}" for i in range(300)], unit(300))
+    truth.check(searcher, queries, 5)
+    truth.upsert([f"{i}" for i in range(100, 400)], unit(300, seed=1))
+    truth.check(searcher, queries, 10)
+    truth.delete([f"{i}" for i in range(0, 400, 3)])
+    truth.check(searcher, queries, 10)
+    truth.upsert(["0", "1"], unit(2, seed=2))
+    for k in (1, 200, len(truth.vectors), 10_000):
+        truth.check(searcher, queries, k)
+    truth.check(open_searcher(), queries, 50)
+
+
+def test_search_agrees_with_brute_force_beside_an_index_that_misses_nothing(
+    truth: Truth, open_searcher: Opener
+) -> None:
+    truth.upsert([f"{i}" for i in range(600)], unit(600))
+    build(truth.collection, kind="IVF8,SQ8", recall_target=1.1)  # all lists are searched
+    searcher = open_searcher()
+    queries = unit(8, seed=9)
+    truth.check(searcher, queries, 10)
+    truth.upsert([f"{i}" for i in range(500, 700)], unit(200, seed=1))
+    truth.delete([f"{i}" for i in range(0, 400)])
+    truth.check(searcher, queries, 10)
+    truth.check(searcher, queries, 10_000)
+    truth.check(open_searcher(), queries, 100)
+
+
+def test_a_hit_carries_what_is_known_of_the_item(truth: Truth, open_searcher: Opener) -> None:
+    truth.upsert(["a"], unit(1))
+    assert open_searcher().search(unit(1) * 3, 5) == [
+        [Hit("a", 1.0, "about a", "here", {"of": "a"})]
+    ]
+
+
+def test_equal_scores_are_ordered_by_id_wherever_the_cut_falls(
+    truth: Truth, open_searcher: Opener
+) -> None:
+    ids = [f"{i:03d}" for i in np.random.default_rng(0).permutation(500)]
+    truth.upsert(ids, np.repeat(unit(1), 500, axis=0))
+    truth.upsert([f"x{i}" for i in range(200)], unit(200, seed=1))
+    searcher = open_searcher()
+    for k in (1, 10, 333, 600):
+        truth.check(searcher, unit(1), k)
+    truth.delete(["000", "001", "250"])
+    truth.upsert(["002"], unit(1))  # now the newest row
+    truth.check(searcher, unit(1), 10)
+
+
+def test_an_empty_collection_and_no_queries_give_empty_lists(
+    truth: Truth, open_searcher: Opener
+) -> None:
+    assert open_searcher().search(unit(3), 10) == [[], [], []]
+    truth.upsert(["a"], unit(1))
+    assert open_searcher().search(np.zeros((0, DIM)), 10) == []
+
+
+@pytest.mark.parametrize(
+    ("query", "k", "says"),
+    [
+        (np.ones((1, DIM + 1)), 1, r"\(1, 17\); collection 'pets' needs \(number of queries, 16\)"),
+        (np.ones(DIM), 1, r"\(16,\)"),
+        (np.zeros((1, DIM)), 1, "zero or not finite"),
+        (np.full((1, DIM), np.nan), 1, "zero or not finite"),
+        (np.full((1, DIM), np.inf), 1, "zero or not finite"),
+        (np.ones((1, DIM)), 0, "k = 0"),
+    ],
+)
+def test_a_query_without_an_answer_is_refused(
+    open_searcher: Opener, query: np.ndarray, k: int, says: str
+) -> None:
+    with pytest.raises(IndexStoreError, match=says):
+        open_searcher().search(query, k)
+
+
+def test_another_model_is_refused_naming_both(truth: Truth) -> None:
+    with pytest.raises(IndexStoreError, match=f"'tiny'.*{'a' * 12}, not by .* {'b' * 12}"):
+        Searcher(truth.collection.path, fingerprint="b" * 64)
+
+
+@pytest.mark.parametrize("kind", ["IVF256,SQ8", "IVF256,Flat"])
+def test_an_index_finds_what_it_promised_with_exact_scores(
+    truth: Truth, open_searcher: Opener, kind: str
+) -> None:
+    truth.upsert([f"{i}" for i in range(5000)], clustered(5000))
+    info = build(truth.collection, kind=kind)
+    searcher = open_searcher()
+    assert searcher.info == info
+    assert info.nprobe[10] < 64
+    queries = clustered(5000)[:100] + 0.2 * unit(100, seed=5)
+    queries /= np.linalg.norm(queries, axis=1, keepdims=True)
+    assert truth.recall(searcher, queries, 10) >= 0.95
+    queries = queries[:30]
+    truth.upsert([f"{i}" for i in range(4000, 6000)], clustered(2000, seed=1))
+    truth.delete([f"{i}" for i in range(0, 5000, 2)])
+    assert truth.recall(searcher, queries, 10) >= 0.95
+    assert truth.recall(searcher, queries[:5], 3000) >= 0.95
+
+
+def test_k_is_filled_even_when_nearly_all_of_the_index_is_deleted(
+    truth: Truth, open_searcher: Opener
+) -> None:
+    truth.upsert([f"{i}" for i in range(1000)], unit(1000))
+    build(truth.collection, kind="IVF16,Flat", recall_target=0.1)
+    searcher = open_searcher()
+    truth.delete([f"{i}" for i in range(980)])
+    assert truth.recall(searcher, unit(5, seed=3), 20) == 1
+
+
+def test_the_next_best_are_found_when_all_the_nearest_are_deleted(
+    truth: Truth, open_searcher: Opener
+) -> None:
+    truth.upsert([f"{i}" for i in range(1000)], unit(1000))
+    build(truth.collection, kind="IVF8,Flat", recall_target=1.1)
+    searcher = open_searcher()
+    query = unit(1, seed=3)
+    truth.delete([id for _, id in truth.best(query[0], 100)])
+    truth.upsert([f"new-{i}" for i in range(50)], unit(50, seed=4))
+    truth.check(searcher, query, 10)
+
+
+def test_a_new_index_is_taken_up_by_the_next_search(truth: Truth, open_searcher: Opener) -> None:
+    truth.upsert([f"{i}" for i in range(1000)], clustered(1000))
+    searcher = open_searcher()
+    assert searcher.info is None
+    first = build(truth.collection, kind="IVF16,SQ8")
+    truth.delete(["5", "6"])
+    truth.check(searcher, clustered(1000)[:3], 1)
+    assert searcher.info == first
+    second = build(truth.collection)
+    truth.check(searcher, clustered(1000)[:3], 10)
+    assert searcher.info == second
+
+
+def damage_bit(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [(damage_bit, "sha256"), (truncate, "sha256"), (Path.unlink, "gone")],
+)
+def test_a_damaged_index_is_named_and_answers_stay_right(
+    truth: Truth,
+    open_searcher: Opener,
+    caplog: pytest.LogCaptureFixture,
+    damage: Callable[[Path], None],
+    says: str,
+) -> None:
+    truth.upsert([f"{i}" for i in range(500)], unit(500))
+    info = build(truth.collection, kind="IVF16,SQ8", recall_target=0.1)
+    damage(truth.collection.path / str(info.file))
+    with caplog.at_level(logging.WARNING):
+        searcher = open_searcher()
+    assert str(info.file) in caplog.text
+    assert says in caplog.text
+    assert searcher.info is None
+    truth.check(searcher, unit(5, seed=3), 10)
+
+
+def test_an_index_of_another_collection_or_model_is_ignored(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for model, says in (("a" * 64, "another collection"), ("b" * 64, "another model")):
+        path = tmp_path / model[:1]
+        with Collection.create(path, fingerprint=model, model_name="t", embed_dim=DIM) as old:
+            old.upsert([Item(f"{i}") for i in range(500)], unit(500))
+            build(old, kind="IVF16,SQ8")
+        for file in path.glob("collection.sqlite3*"):
+            file.unlink()
+        truth = Truth(path)  # made anew, beside the index of the one before
+        truth.upsert([f"{i}" for i in range(50)], unit(50, seed=1))
+        with caplog.at_level(logging.WARNING), Searcher(path, device="cpu") as searcher:
+            assert says in caplog.text
+            truth.check(searcher, unit(5, seed=3), 10)
+        truth.collection.close()
+
+
+def test_a_searcher_far_behind_starts_anew(
+    truth: Truth, open_searcher: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("index.collection._REMEMBERED_WRITES", 3)
+    truth.upsert([f"{i}" for i in range(50)], unit(50))
+    searcher = open_searcher()
+    truth.check(searcher, unit(3, seed=3), 5)
+    for i in range(20):
+        truth.upsert([f"{i}"], unit(1, seed=i + 10))
+        truth.delete([f"{i + 25}"])
+    truth.check(searcher, unit(3, seed=3), 50)
+
+
+def test_a_big_collection_without_an_index_is_scanned_and_says_so(
+    truth: Truth,
+    open_searcher: Opener,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(search_module, "EXACT_LIMIT", 100)
+    truth.upsert([f"{i}" for i in range(101)], unit(101))
+    with caplog.at_level(logging.WARNING):
+        searcher = open_searcher()
+    assert "101 vectors and no index" in caplog.text
+    truth.check(searcher, unit(3, seed=3), 5)
+    assert build_module.EXACT_LIMIT == 200_000
+
+
+def test_many_queries_and_candidates_are_answered_piece_by_piece(
+    truth: Truth, open_searcher: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search_module, "_QUERIES_AT_A_TIME", 7)
+    monkeypatch.setattr(search_module, "_CANDIDATE_ROWS", 100)
+    truth.upsert([f"{i}" for i in range(200)], unit(200))
+    truth.check(open_searcher(), unit(23, seed=3), 10)
+
+
+def test_a_read_only_collection_can_be_searched() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        truth = Truth(Path(folder) / "pets")
+        truth.upsert([f"{i}" for i in range(500)], unit(500))
+        info = build(truth.collection, kind="IVF8,SQ8", recall_target=1.1)
+        truth.collection.close()
+        path = truth.collection.path
+        with unwritable(path), Searcher(path, device="cpu") as searcher:
+            assert searcher.info == info
+            truth.check(searcher, unit(3, seed=3), 5)
+
+
+WRITER = """
+import sys
+import numpy as np
+from pathlib import Path
+from index.collection import Collection, Item
+with Collection.open(Path(sys.argv[1])) as collection:
+    vectors = np.eye(16, dtype=np.float32)
+    for line in sys.stdin:
+        i = int(line)
+        collection.upsert([Item("moving", str(i)), Item(f"new-{i}")], vectors[[i % 16, 15]])
+        collection.delete([f"new-{i - 1}"])
+        sys.stdout.write("done\\n")
+        sys.stdout.flush()
+"""
+
+
+def test_what_another_process_wrote_is_found_at_once(truth: Truth, open_searcher: Opener) -> None:
+    searcher = open_searcher()
+    axes = np.eye(DIM, dtype=np.float32)
+    command = [sys.executable, "-c", WRITER, str(truth.collection.path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": ROOT}
+    with subprocess.Popen(command, **pipes) as writer:
+        for i in range(12):
+            writer.stdin.write(f"{i}\n")
+            writer.stdin.flush()
+            assert writer.stdout.readline() == "done\n"
+            hits = searcher.search(axes[[i, 15]], 10)
+            assert [(h.id, h.caption) for h in hits[0]][0] == ("moving", str(i))
+            assert {h.id for h in hits[1]} == {"moving", f"new-{i}"}
+            if i == 6:
+                build(truth.collection, kind="IVF1,Flat")
+        writer.stdin.close()
+        assert writer.wait() == 0
+
+
+def test_threads_search_rightly_while_one_writes_and_indexes_are_swapped(
+    truth: Truth, open_searcher: Opener
+) -> None:
+    """Items of group g lie along axis g; each write moves all of a group to the next axis.
+
+    In every snapshot thus all ten of a group lie on one axis, and an answer that mixed two
+    generations, or met an old version or a deleted item, would not.
+    """
+    axes = np.eye(DIM, dtype=np.float32)
+    groups = [[f"{g}-{i}" for i in range(10)] for g in range(4)]
+    for g, group in enumerate(groups):
+        truth.upsert(group, axes[[4 * g] * 10])
+    truth.upsert([f"far-{i}" for i in range(300)], -np.abs(unit(300)))
+    searcher = open_searcher()
+    done = threading.Event()
+    wrong: list[object] = []
+    searches = [0] * 3
+
+    def look(worker: int) -> None:
+        while not done.is_set() or searches[worker] < 20:
+            answers = searcher.search(axes, 10)
+            found = [sorted(h.id for h in hits if h.score == 1) for hits in answers]
+            if sorted(ids for ids in found if ids) != groups:
+                wrong.append(found)
+                return
+            searches[worker] += 1
+
+    threads = [threading.Thread(target=look, args=(worker,)) for worker in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        for turn in range(60):
+            g = turn % 4
+            truth.upsert(groups[g], axes[[4 * g + (turn // 4 + 1) % 4] * 10])
+            truth.delete([f"far-{turn}"])
+            if turn % 15 == 14:
+                build(truth.collection, kind=("IVF4,SQ8", "exact", "IVF4,Flat")[turn // 15 % 3])
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
+    assert wrong == []
+    assert min(searches) >= 20
