@@ -1,0 +1,89 @@
+"""/health and /metrics, for probes and scrapers.
+
+Ready means that a text went through the real queue and came back from the model in time.
+"""
+
+import asyncio
+import logging
+import time
+
+from fastapi import APIRouter, Request
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.responses import Response
+
+from service.errors import NotReady, RequestError
+from service.inputs import Text
+from service.registry import Registry, ServedModel
+from service.replies import reply
+from service.routes.state import ServedRegistry
+
+logger = logging.getLogger(__name__)
+router = APIRouter(tags=["health"])
+
+_FRESH_S = 1.0
+
+
+class Readiness:
+    """The last canary's word; however many probes ask, one canary a second runs."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+        self._lock = asyncio.Lock()
+        self._checked_s = -_FRESH_S
+        self._error: NotReady | None = None
+
+    async def check(self) -> None:
+        """NotReady if a model does not answer."""
+        async with self._lock:
+            if time.monotonic() - self._checked_s >= _FRESH_S:
+                self._error = await self._run()
+                self._checked_s = time.monotonic()
+        if self._error is not None:
+            raise NotReady(str(self._error))
+
+    async def _run(self) -> NotReady | None:
+        if not self._registry.models:
+            return NotReady("no model is served")
+        for served in self._registry.models.values():
+            try:
+                async with asyncio.timeout(self._registry.settings.ready_timeout_s):
+                    await _canary(served)
+            except (RequestError, TimeoutError) as error:
+                logger.warning("%s is not ready: %s", served.name, str(error) or "timed out")
+                return NotReady(f"model {served.name!r} does not answer")
+        return None
+
+
+@router.get("/health")
+async def health(registry: ServedRegistry) -> Response:
+    """The process answers, and serves these models."""
+    models = [
+        {"name": served.name, "fingerprint": served.fingerprint}
+        for served in registry.models.values()
+    ]
+    return reply({"status": "ok", "unix": time.time(), "models": models})
+
+
+@router.get("/health/live")
+async def live() -> Response:
+    """The process answers."""
+    return reply({"status": "live"})
+
+
+@router.get("/health/ready")
+async def ready(request: Request) -> Response:
+    """503 unless every model answers a canary in time."""
+    readiness: Readiness = request.app.state.readiness
+    await readiness.check()
+    return reply({"status": "ready"})
+
+
+@router.get("/metrics")
+async def metrics(registry: ServedRegistry) -> Response:
+    """Prometheus' text format."""
+    return Response(registry.telemetry.render(), media_type=CONTENT_TYPE_LATEST)
+
+
+async def _canary(served: ServedModel) -> None:
+    answer = await served.pipeline.embed([Text("a canary")], urgent=True)
+    answer.rows()

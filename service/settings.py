@@ -1,0 +1,110 @@
+"""What the service is told: frozen, typed, from CLIPSERVE_* environment variables and arguments.
+
+Built once, in the command line, by `load_settings`, and passed to `create_app`. The string under
+each field says its unit and meaning.
+"""
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from clipserve.errors import ConfigError
+from clipserve.images import ImageLimits
+
+Count = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(gt=0)]
+
+
+class Settings(BaseSettings):
+    """Limits and addresses of one service; the same names, upper case, as CLIPSERVE_* variables."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="CLIPSERVE_", frozen=True, extra="forbid", use_attribute_docstrings=True
+    )
+
+    host: str = "127.0.0.1"
+    """address to listen on; 0.0.0.0 for every interface"""
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    """port to listen on; 0 takes a free one"""
+    collections_root: Path | None = None
+    """folder whose collections are all served, beside those named on the command line"""
+    read_only: bool = False
+    """refuse to change collections over REST"""
+
+    max_body_bytes: Count = 64 * 2**20
+    """largest request body"""
+    max_inflight_bytes: Count = 512 * 2**20
+    """bodies of all requests being served at once; beyond it requests get 429"""
+    max_requests: Count = 512
+    """requests being served at once, health checks aside; beyond it requests get 429"""
+    max_items: Count = 256
+    """pictures and texts in one request"""
+    max_labels: Count = 2000
+    """labels in one classification"""
+    max_prompts: Count = 8192
+    """labels times templates in one classification"""
+    max_queue_items: Count = 2048
+    """pictures and texts waiting for one model; beyond it requests get 429"""
+    max_image_bytes: Count = 50 * 2**20
+    """largest encoded picture"""
+    max_image_pixels: Count = 64_000_000
+    """largest picture, width times height"""
+    max_image_aspect: Annotated[float, Field(ge=1)] = 100.0
+    """longer side over shorter side"""
+
+    max_image_batch: Count = 32
+    """pictures the model takes at once"""
+    max_text_batch: Count = 128
+    """texts the model takes at once"""
+    decode_threads: Count = Field(default_factory=lambda: min(8, os.cpu_count() or 1))
+    """threads that decode pictures and tokenise texts"""
+    search_threads: Count = 4
+    """threads that search and write collections"""
+    max_cached_labels: Count = 50_000
+    """labels whose class vectors are kept, over all classifiers"""
+
+    body_timeout_s: Seconds = 60.0
+    """a body that takes longer to arrive gets 408"""
+    request_timeout_s: Seconds = 60.0
+    """a request that takes longer to answer gets 504, and its work is dropped"""
+    ready_timeout_s: Seconds = 5.0
+    """/health/ready is 503 when its canary takes longer"""
+    shutdown_timeout_s: Seconds = 10.0
+    """running requests may take this long after SIGTERM"""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        largest = max(self.max_items, self.max_text_batch)
+        if self.max_queue_items < largest:
+            raise ValueError(
+                f"max_queue_items {self.max_queue_items} must be at least {largest}, the largest of"
+                " max_items and max_text_batch, or such a request would never fit"
+            )
+        return self
+
+    @property
+    def image_limits(self) -> ImageLimits:
+        """What a picture from a client may cost."""
+        return ImageLimits(self.max_image_bytes, self.max_image_pixels, self.max_image_aspect)
+
+
+def load_settings(**given: Any) -> Settings:
+    """Settings from the environment; arguments that are not None win. Raises ConfigError."""
+    try:
+        return Settings(**{name: value for name, value in given.items() if value is not None})
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(item) for item in error.errors())) from None
+
+
+def _explain(item: Any) -> str:
+    name = ".".join(str(part) for part in item["loc"])
+    if not name:  # of several settings together
+        return str(item["msg"]).removeprefix("Value error, ")
+    text = f"{name} {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
+    if name == "port" and str(item["input"]).startswith("tcp://"):
+        # Kubernetes injects NAME_PORT=tcp://... for a Service called NAME.
+        text += "; Kubernetes sets CLIPSERVE_PORT itself: use enableServiceLinks: false, or --port"
+    return text

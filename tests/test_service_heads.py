@@ -1,0 +1,91 @@
+"""The cache of class heads."""
+
+import asyncio
+
+import numpy as np
+import pytest
+
+from clipserve.prompts import ClassHead
+from service.heads import HeadCache
+
+
+def make_head(size: int) -> ClassHead:
+    return ClassHead(("x",) * size, np.ones((size, 2), np.float32), 1.0, None, None)
+
+
+def test_requests_for_the_same_head_share_one_build_and_keep_it():
+    async def scenario() -> tuple[int, set[int]]:
+        cache, builds = HeadCache(100), []
+
+        async def build() -> ClassHead:
+            builds.append(1)
+            await asyncio.sleep(0)
+            return make_head(3)
+
+        heads = await asyncio.gather(*(cache.get("key", build) for _ in range(5)))
+        heads.append(await cache.get("key", build))
+        return len(builds), {id(head) for head in heads}
+
+    builds, identities = asyncio.run(scenario())
+    assert builds == 1
+    assert len(identities) == 1
+
+
+def test_a_build_that_failed_is_tried_again():
+    async def scenario() -> ClassHead:
+        cache = HeadCache(100)
+
+        async def fail() -> ClassHead:
+            raise RuntimeError("no")
+
+        async def build() -> ClassHead:
+            return make_head(1)
+
+        with pytest.raises(RuntimeError):
+            await cache.get("key", fail)
+        return await cache.get("key", build)
+
+    assert len(asyncio.run(scenario()).labels) == 1
+
+
+def test_a_build_stops_when_the_last_who_waits_is_gone_and_not_before():
+    async def scenario() -> list[str]:
+        cache, log = HeadCache(100), []
+        never = asyncio.Event()
+
+        async def build() -> ClassHead:
+            try:
+                await never.wait()
+            finally:
+                log.append("stopped")
+            return make_head(1)
+
+        waiters = [asyncio.ensure_future(cache.get("key", build)) for _ in range(2)]
+        await asyncio.sleep(0)
+        for waiter in waiters:
+            await asyncio.sleep(0)
+            waiter.cancel()
+            log.append("cancelled")
+            await asyncio.wait({waiter})
+        await asyncio.sleep(0)
+        return list(log)  # as it is now; the end of the loop cancels what is left
+
+    assert asyncio.run(scenario()) == ["cancelled", "cancelled", "stopped"]
+
+
+def test_the_least_recently_used_head_goes_when_there_are_too_many_labels():
+    async def scenario() -> tuple[int, list[str]]:
+        cache, built = HeadCache(10), []
+
+        async def get(key: str) -> None:
+            async def build() -> ClassHead:
+                built.append(key)
+                return make_head(4)
+
+            await cache.get(key, build)
+
+        for key in ("a", "b", "a", "c", "a", "b"):
+            await get(key)
+        return len(cache), built
+
+    assert asyncio.run(scenario()) == (2, ["a", "b", "c", "b"])

@@ -1,0 +1,153 @@
+"""The middleware against a bare ASGI app, message by message."""
+
+import asyncio
+from collections.abc import Callable
+
+import orjson
+import pytest
+
+from service.limits import RequestLimits
+from service.settings import Settings
+
+Messages = list[dict]
+NEVER = object()
+
+
+async def echo_size(scope, receive, send) -> None:
+    size = 0
+    while True:
+        message = await receive()
+        size += len(message["body"])
+        if not message["more_body"]:
+            break
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": str(size).encode()})
+
+
+def call(
+    app: Callable, messages: list, headers: dict[str, str] | None = None, **settings: object
+) -> tuple[int | None, bytes, list]:
+    """Status (None if there was no answer), body, and the messages that were not asked for."""
+    return asyncio.run(_call(RequestLimits(app, Settings(**settings)), messages, headers))
+
+
+async def _call(limits: RequestLimits, messages: list, headers=None, path: str = "/v1/embeddings"):
+    left = list(messages)
+    sent: Messages = []
+
+    async def receive() -> dict:
+        if not left or left[0] is NEVER:
+            await asyncio.Event().wait()
+        return left.pop(0)
+
+    async def send(message: dict) -> None:
+        sent.append(message)
+
+    raw = [(name.lower().encode(), value.encode()) for name, value in (headers or {}).items()]
+    scope = {"type": "http", "method": "POST", "path": path, "headers": raw}
+    await limits(scope, receive, send)
+    status = sent[0]["status"] if sent else None
+    return status, b"".join(message.get("body", b"") for message in sent), left
+
+
+def chunk(size: int, more: bool = True) -> dict:
+    return {"type": "http.request", "body": b"x" * size, "more_body": more}
+
+
+def code(body: bytes) -> str:
+    return orjson.loads(body)["error"]["code"]
+
+
+def test_a_body_within_the_limit_arrives_whole():
+    status, body, _ = call(echo_size, [chunk(60), chunk(40, more=False)], max_body_bytes=100)
+    assert (status, body) == (200, b"100")
+
+
+def test_chunks_are_counted_and_reading_stops_at_the_limit():
+    status, body, left = call(echo_size, [chunk(60)] * 10, max_body_bytes=100)
+    assert (status, code(body)) == (413, "body_too_large")
+    assert len(left) == 8
+
+
+def test_an_announced_body_over_the_limit_is_not_read():
+    messages = [chunk(101, more=False)]
+    status, _, left = call(echo_size, messages, {"Content-Length": "101"}, max_body_bytes=100)
+    assert (status, len(left)) == (413, 1)
+
+
+@pytest.mark.parametrize("length", ["-1", "abc", "1e3", ""])
+def test_a_content_length_that_is_no_number_is_refused(length):
+    status, _, _ = call(echo_size, [chunk(1, more=False)], {"Content-Length": length})
+    assert status == 400
+
+
+def test_a_body_that_does_not_arrive_gets_408():
+    status, body, _ = call(echo_size, [chunk(1), NEVER], body_timeout_s=0.02)
+    assert (status, code(body)) == (408, "body_timeout")
+
+
+def test_an_answer_that_takes_too_long_gets_504_and_is_cancelled():
+    cancelled = []
+
+    async def slow(scope, receive, send) -> None:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            cancelled.append(True)
+            raise
+
+    status, body, _ = call(slow, [chunk(1, more=False)], request_timeout_s=0.02)
+    assert (status, code(body), cancelled) == (504, "timeout", [True])
+
+
+def test_a_client_that_leaves_cancels_its_route():
+    cancelled = []
+
+    async def slow(scope, receive, send) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cancelled.append(True)
+
+    messages = [chunk(1, more=False), {"type": "http.disconnect"}]
+    status, body, _ = call(slow, messages)
+    assert (status, body, cancelled) == (None, b"", [True])
+
+
+def test_a_client_that_leaves_within_its_body_reaches_no_route():
+    status, _, _ = call(echo_size, [chunk(1), {"type": "http.disconnect"}])
+    assert status is None
+
+
+def test_an_exception_of_the_route_passes_through():
+    async def broken(scope, receive, send) -> None:
+        raise TimeoutError("of the route's own")
+
+    with pytest.raises(TimeoutError, match="of the route's own"):
+        call(broken, [chunk(1, more=False)])
+
+
+def test_too_many_requests_or_bytes_get_429_but_health_answers():
+    async def scenario() -> list[int]:
+        release = asyncio.Event()
+
+        async def wait(scope, receive, send) -> None:
+            if not scope["path"].startswith("/health"):
+                await release.wait()
+            await echo_size(scope, receive, send)
+
+        settings = Settings(max_requests=2, max_inflight_bytes=150)
+        limits = RequestLimits(wait, settings)
+        first = asyncio.ensure_future(_call(limits, [chunk(100, more=False)]))
+        await asyncio.sleep(0)
+        statuses = [(await _call(limits, [chunk(100, more=False)]))[0]]
+        second = asyncio.ensure_future(_call(limits, [chunk(1, more=False)]))
+        await asyncio.sleep(0)
+        statuses.append((await _call(limits, [chunk(1, more=False)]))[0])
+        statuses.append((await _call(limits, [chunk(1, more=False)], path="/health"))[0])
+        release.set()
+        statuses += [(await first)[0], (await second)[0]]
+        statuses.append((await _call(limits, [chunk(100, more=False)]))[0])
+        return statuses
+
+    assert asyncio.run(scenario()) == [429, 429, 200, 200, 200, 200]
