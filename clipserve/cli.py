@@ -1,0 +1,494 @@
+"""The `clipserve` command: parse, call one function, print.
+
+Nothing heavy is imported before a subcommand runs. A user's mistake ends with one line and exit
+code 2. `--json` prints what a program may read.
+"""
+
+import importlib.metadata
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from clipserve.errors import ClipserveError, ConfigError
+
+app = typer.Typer(
+    name="clipserve",
+    help="Captioned pictures in, a zero-shot classifier and an image-text search service out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+index_app = typer.Typer(help="Build and inspect the search index of a collection.")
+app.add_typer(index_app, name="index", no_args_is_help=True)
+
+_OWN_PACKAGES = ("clipserve", "training", "service", "index")
+
+ModelDir = Annotated[str, typer.Argument(metavar="MODEL", help="Model directory.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Dtype = Annotated[str, typer.Option(help="auto, fp32 or bf16.")]
+ImageColumn = Annotated[str | None, typer.Option(help="Column with the picture's path.")]
+CaptionColumn = Annotated[str | None, typer.Option(help="Column with the caption.")]
+
+
+@app.command()
+def pack(
+    source: Annotated[Path, typer.Argument(help="A .csv, .tsv, .jsonl, a folder, or shards.")],
+    out: Annotated[Path, typer.Argument(help="New folder for the shards.")],
+    image_column: ImageColumn = None,
+    caption_column: CaptionColumn = None,
+    val_fraction: Annotated[
+        float, typer.Option(min=0, max=0.9, help="Hold this part out, in OUT/val; rest OUT/train.")
+    ] = 0.0,
+    samples_per_shard: Annotated[int, typer.Option(min=1)] = 5000,
+    max_bad_fraction: Annotated[
+        float, typer.Option(min=0, max=1, help="Exit code 1 when more than this part is bad.")
+    ] = 0.1,
+    as_json: Json = False,
+) -> None:
+    """Pack captioned pictures into WebDataset shards; list the bad ones with row and reason."""
+    from clipserve.sources import SourceOptions, first_lines
+    from training.shards import BAD_FILE, PackOptions
+    from training.shards import pack as pack_source
+
+    options = PackOptions(
+        source=SourceOptions(image_column, caption_column),
+        samples_per_shard=samples_per_shard,
+        val_fraction=val_fraction,
+    )
+    with _Counter("packing") as counter:
+        report = pack_source(source, out, options, counter.update)
+    if as_json:
+        bad = [vars(record) for record in report.bad]
+        _print_json({"packed": report.packed, "bad_fraction": report.bad_fraction, "bad": bad})
+    else:
+        for line in first_lines(report.bad):
+            _print(f"bad: {line}")
+        for name, count in report.packed.items():
+            if not count:
+                _print(f"nothing fell into {out / name}; raise or lower --val-fraction")
+        parts = ", ".join(f"{count} in {out / name}" for name, count in report.packed.items())
+        kinds = ", ".join(f"{count} {kind}" for kind, count in report.bad_by_kind.items())
+        _print(f"packed {parts}; {len(report.bad)} bad{f' ({kinds})' if kinds else ''}")
+    if report.bad_fraction > max_bad_fraction:
+        _fail(
+            f"{report.bad_fraction:.1%} of the samples are bad, more than --max-bad-fraction"
+            f" {max_bad_fraction:.1%}; the good ones are packed, the bad ones in {out / BAD_FILE}",
+            code=1,
+        )
+
+
+@app.command()
+def verify(
+    path: Annotated[Path, typer.Argument(help="A model directory or a folder of shards.")],
+    as_json: Json = False,
+) -> None:
+    """Check every byte of a model directory or of shards; exit code 1 if something is damaged."""
+    from clipserve import checkpoint, shards
+    from training.state import verify_state
+
+    if checkpoint.is_model_directory(path):
+        try:
+            description = checkpoint.verify(path)
+            verify_state(path)
+        except ClipserveError as error:
+            _fail(str(error), code=1)
+        files, fingerprint = len(description["files"]), description["fingerprint"]
+        if as_json:
+            _print_json({"model": str(path), "files": files, "fingerprint": fingerprint})
+        else:
+            _print(f"{path}: model directory is whole, {files} files, fingerprint {fingerprint}")
+        return
+    manifest, problems = shards.verify(path)
+    if as_json:
+        _print_json(
+            {
+                "shards": len(manifest.shards),
+                "samples": manifest.num_samples,
+                "bad": [vars(bad) for bad in manifest.bad],
+                "problems": problems,
+            }
+        )
+    else:
+        for bad in manifest.bad:
+            _print(f"bad: {bad.shard}:{bad.key}: {bad.kind}: {bad.reason}")
+        count = len(manifest.bad)
+        _print(f"{len(manifest.shards)} shards, {manifest.num_samples} samples, {count} bad")
+    if problems:
+        _fail("; ".join(problems), code=1)
+
+
+@app.command()
+def train(
+    config: Annotated[Path | None, typer.Argument(metavar="CONFIG.toml")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[section.key=value ...]")
+    ] = None,
+    resume: Annotated[
+        str, typer.Option(help="auto: continue the run in `out`; no; or a checkpoint directory.")
+    ] = "auto",
+    help_config: Annotated[bool, typer.Option("--help-config", help="List every setting.")] = False,
+) -> None:
+    """Train a model. The config file may be left out when overrides say enough."""
+    from clipserve.config import describe_fields, load_config
+
+    if help_config:
+        for name, default, meaning in describe_fields():
+            _print(f"{name} (default {default})\n    {meaning}")
+        return
+    given = list(overrides or [])
+    is_override = config is not None and "=" in str(config) and config.suffix != ".toml"
+    if is_override:
+        given, config = [str(config), *given], None
+    settings = load_config(config, given)
+    _setup_logging()
+    from training.loop import train as run
+
+    result = run(settings, resume)
+    rates = "  ".join(
+        f"{key.removeprefix('val/')} {value:.1%}"
+        for key, value in result.metrics.items()
+        if key.endswith(("_r1", "_r10"))
+    )
+    speed = f"{result.samples_per_second:.0f} samples/s"
+    _print(f"trained {result.step} steps in {result.seconds:.0f} s ({speed})  {rates}")
+    _print(f"model: {result.best}")
+
+
+@app.command()
+def evaluate(
+    model: ModelDir,
+    data: Annotated[Path, typer.Option(help="Shards to evaluate on.")],
+    tasks: Annotated[str, typer.Option(help="Comma-separated: retrieval, zeroshot.")] = "retrieval",
+    label_field: Annotated[
+        str, typer.Option(help="zeroshot: the JSON field with the class; `caption` for the text.")
+    ] = "caption",
+    templates: Annotated[str, typer.Option(help="zeroshot: template set or file.")] = "none",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Measure a model on shards; prints JSON, rates as fractions of one."""
+    from clipserve.checkpoint import load
+    from clipserve.shards import ShardSet
+    from training.evaluate.report import evaluate as run
+
+    wanted = [task.strip() for task in tasks.split(",") if task.strip()]
+    shards = ShardSet.open(data)
+    loaded = load(model, device, dtype)
+    _print_json(run(loaded, shards, wanted, label_field, templates))
+
+
+@app.command()
+def embed(
+    model: ModelDir,
+    source: Annotated[Path, typer.Argument(help="Shards, a table, or a folder of pictures.")],
+    collection: Annotated[Path, typer.Option(help="Collection directory to fill.")],
+    image_column: ImageColumn = None,
+    caption_column: CaptionColumn = None,
+    id_column: Annotated[str | None, typer.Option(help="Column with the items' ids.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    overwrite: Annotated[bool, typer.Option(help="Embed again what is already there.")] = False,
+    max_bad_fraction: Annotated[
+        float, typer.Option(min=0, max=1, help="Exit code 1 when more than this part is bad.")
+    ] = 0.1,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Embed pictures into a collection; what is already there is skipped, so it can be repeated."""
+    from clipserve.checkpoint import load
+    from clipserve.sources import SourceOptions, first_lines
+    from index.embed_corpus import embed_corpus
+
+    loaded = load(model, device, dtype)
+    with _Counter("embedding") as counter:
+        report = embed_corpus(
+            loaded,
+            source,
+            collection,
+            options=SourceOptions(image_column, caption_column, id_column),
+            batch_size=batch_size,
+            overwrite=overwrite,
+            progress=counter.update,
+        )
+    if as_json:
+        bad = [vars(record) for record in report.bad]
+        _print_json({"added": report.added, "skipped": report.skipped, "bad": bad})
+    else:
+        for line in first_lines(report.bad):
+            _print(f"bad: {line}")
+        rate = report.added / report.seconds if report.seconds else 0.0
+        _print(
+            f"added {report.added}, skipped {report.skipped} already there, {len(report.bad)} bad;"
+            f" {report.seconds:.1f} s, {rate:.0f} pictures/s"
+        )
+    total = report.added + report.skipped + len(report.bad)
+    if len(report.bad) > max_bad_fraction * total:
+        _fail(
+            f"{len(report.bad)} of {total} samples are bad, more than --max-bad-fraction"
+            f" {max_bad_fraction:.1%}; the good ones are in {collection}",
+            code=1,
+        )
+
+
+@index_app.command("build")
+def index_build(
+    collection: Annotated[Path, typer.Argument(help="Collection directory.")],
+    kind: Annotated[str, typer.Option(help="auto, exact or ivf.")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Build the search index: exact up to 200,000 vectors, inverted lists (IVF) beyond."""
+    from index.build import build
+    from index.collection import Collection
+
+    with Collection.open(collection) as opened:
+        info = build(opened, kind=kind)
+    _print_json(vars(info)) if as_json else _print(
+        f"{info.kind}, {info.count} vectors: {info.reason}"
+    )
+
+
+@index_app.command("info")
+def index_info(
+    collection: Annotated[Path, typer.Argument(help="Collection directory.")],
+    as_json: Json = False,
+) -> None:
+    """What a collection holds, and how it is searched."""
+    from index.build import read_info
+    from index.collection import Collection
+
+    with Collection.open(collection, read_only=True) as opened:
+        info = read_info(collection)
+        facts: dict[str, Any] = {
+            "collection": opened.name,
+            "items": opened.count(),
+            "model": opened.model_name,
+            "fingerprint": opened.fingerprint,
+            "embed_dim": opened.embed_dim,
+            "index": vars(info) if info else None,
+        }
+    if as_json:
+        _print_json(facts)
+        return
+    for key, value in facts.items():
+        _print(f"{key}: {value if value is not None else 'none; searched exactly'}")
+
+
+@app.command()
+def search(
+    collection: Annotated[Path, typer.Argument(help="Collection directory.")],
+    query: Annotated[str | None, typer.Argument(help="A text.")] = None,
+    model: Annotated[str, typer.Option(help="Model directory.")] = "",
+    image: Annotated[Path | None, typer.Option(help="Search with a picture instead.")] = None,
+    k: Annotated[int, typer.Option("-k", min=1, max=10000, help="Number of hits.")] = 10,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Search a collection with a text or a picture."""
+    if (query is None) == (image is None):
+        raise ConfigError("give either a text to search for, or --image FILE")
+    if not model:
+        raise ConfigError("--model MODEL is required: the model that filled the collection")
+    from clipserve.checkpoint import load, read_description
+    from index.collection import Collection
+
+    with Collection.open(collection, read_only=True) as opened:  # before the slow part
+        opened.check_model(read_description(Path(model))["fingerprint"])
+    loaded = load(model, device, dtype)
+    from index.search import Searcher
+
+    vectors = (
+        loaded.embed_texts([query]) if query is not None else loaded.embed_images([image or ""])
+    )
+    searcher = Searcher(collection, fingerprint=loaded.info.fingerprint)
+    hits = searcher.search(vectors, k)[0]
+    searcher.close()
+    if as_json:
+        _print_json([vars(hit) for hit in hits])
+        return
+    for rank, hit in enumerate(hits, start=1):
+        _print(f"{rank:>3}  {hit.score:.4f}  {hit.id}  {hit.caption}")
+
+
+@app.command()
+def classify(
+    model: ModelDir,
+    images: Annotated[list[Path], typer.Argument(help="Picture files.")],
+    labels: Annotated[str, typer.Option(help="Comma-separated class names, or @FILE, one a line.")],
+    templates: Annotated[str, typer.Option(help="Template set or file.")] = "none",
+    top: Annotated[int, typer.Option(min=1, help="Classes to show per picture.")] = 5,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Zero-shot classification of pictures into the classes you name."""
+    names = _read_labels(labels)
+    for image in images:
+        if not image.is_file():
+            raise ConfigError(f"picture {image} does not exist")
+    from clipserve.checkpoint import load
+
+    loaded = load(model, device, dtype)
+    head = loaded.zero_shot(names, templates)
+    results = []
+    for image, row in zip(images, head.classify(list(images)), strict=True):
+        best = sorted(zip(head.labels, row.tolist(), strict=True), key=lambda pair: -pair[1])[:top]
+        results.append({"image": str(image), "classes": [{"label": n, "p": p} for n, p in best]})
+        if not as_json:
+            _print("  ".join([str(image), *(f"{name} {p:.1%}" for name, p in best)]))
+    if as_json:
+        _print_json(results)
+
+
+@app.command()
+def serve(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Model directories.")],
+    collection: Annotated[
+        list[Path] | None, typer.Option(help="Collection directory; may be repeated.")
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port to listen on.")] = None,
+) -> None:
+    """Serve models and collections over REST, with a web page at /. Stop with Ctrl-C."""
+    _setup_logging()
+    from service.app import serve as run
+    from service.settings import load_settings
+
+    settings = load_settings(host=host, port=port)
+    run([Path(model) for model in models], list(collection or []), settings)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Run directory.")] = Path("runs/demo"),
+    serve: Annotated[bool, typer.Option(help="Stay up and serve the web page.")] = True,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the service.")] = 8000,
+) -> None:
+    """Train a small CLIP on emoji, search and classify with it over HTTP: all of it, in minutes."""
+    from clipserve.demo import run
+
+    run(out, stay=serve, port=port)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """What this machine has, what clipserve would use, and what is missing."""
+    from clipserve.doctor import examine
+
+    facts = examine()
+    if as_json:
+        _print_json(facts)
+        return
+    for key, value in facts.items():
+        _print(f"{key}: {value}")
+
+
+def main() -> NoReturn:
+    """Entry point: errors of the user become one line and their exit code."""
+    try:
+        if "--help" not in sys.argv:  # which should answer at once
+            _check_ownership()
+        app(standalone_mode=False)
+    except ClipserveError as error:
+        _fail(str(error), error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted", code=130)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        _fail(f"{where}{error.strerror or error}", code=2)
+    except Exception as error:
+        _exit_for_click(error)
+        raise
+    sys.exit(0)
+
+
+def _exit_for_click(error: Exception) -> None:
+    """Usage errors and explicit exits of the parser, as it would end itself in standalone mode."""
+    show, code = getattr(error, "show", None), getattr(error, "exit_code", None)
+    if code is not None:
+        if show is not None:
+            show()
+        sys.exit(code)
+
+
+def _check_ownership() -> None:
+    """Refuse to start when another distribution owns one of our generic package names."""
+    owners = importlib.metadata.packages_distributions()
+    for package in _OWN_PACKAGES:
+        others = set(owners.get(package, [])) - {"clipserve"}
+        if others:
+            raise ConfigError(
+                f"{', '.join(sorted(others))} also installs a module named {package!r};"
+                " give clipserve an environment of its own"
+            )
+
+
+def _read_labels(labels: str) -> list[str]:
+    if not labels.startswith("@"):
+        return [label.strip() for label in labels.split(",") if label.strip()]
+    try:
+        lines = Path(labels[1:]).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--labels {labels}: {error}") from None
+    return [line.strip() for line in lines if line.strip()]
+
+
+class _Counter:
+    """A line that counts up on a terminal; silent elsewhere."""
+
+    def __init__(self, what: str) -> None:
+        from rich.console import Console
+        from rich.progress import (
+            MofNCompleteColumn,
+            Progress,
+            SpinnerColumn,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        console = Console(stderr=True)
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn(what),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task(what, total=None)
+
+    def __enter__(self) -> "_Counter":
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        self._progress.stop()
+
+    def update(self, done: int, total: int | None = None) -> None:
+        self._progress.update(self._task, completed=done, total=total)
+
+
+def _setup_logging() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("faiss.loader").setLevel(logging.WARNING)
+
+
+def _print(text: str) -> None:
+    typer.echo(text)
+
+
+def _print_json(value: object) -> None:
+    typer.echo(json.dumps(value, indent=2, default=str))
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    typer.echo(f"clipserve: {message}", err=True)
+    sys.exit(code)
