@@ -1,0 +1,109 @@
+"""What README and docs show exists: every command, option, file, setting and route."""
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from clipserve.cli import app
+from clipserve.config import describe_fields
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def shown_commands() -> list[tuple[str, str]]:
+    found = []
+    for page in PAGES:
+        for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                if line.startswith("clipserve "):
+                    found.append((page.name, line.split("  #")[0].strip()))
+    return found
+
+
+def options_of(command: Any) -> set[str]:
+    return {option for parameter in command.params for option in parameter.opts} | {"--help"}
+
+
+@pytest.mark.parametrize(("page", "line"), shown_commands())
+def test_shown_commands_and_options_exist(page: str, line: str) -> None:
+    command: Any = typer.main.get_command(app)
+    words = shlex.split(line)[1:]
+    while words and words[0] in getattr(command, "commands", {}):
+        command = command.commands[words.pop(0)]
+    assert not getattr(command, "commands", {}) or words[0] == "--help", f"{page}: {line}"
+    used = {word.split("=")[0] for word in words if word.startswith("-")}
+    assert used <= options_of(command), f"{page}: {line}"
+
+
+def test_there_are_commands_to_check() -> None:
+    assert len(shown_commands()) > 10
+
+
+def test_every_subcommand_is_shown_somewhere() -> None:
+    text = "".join(page.read_text() for page in PAGES)
+    command: Any = typer.main.get_command(app)
+    for name in command.commands:
+        assert f"clipserve {name}" in text, name
+
+
+def test_the_map_names_every_file_and_no_other() -> None:
+    readme = (ROOT / "README.md").read_text()
+    (block,) = re.findall(r"```\n(clipserve/ .*?)```", readme, re.DOTALL)
+    shown: set[str] = set()
+    folder = ""
+    for line in block.splitlines():
+        name = line.split()[0] if line.strip() else ""
+        if line and not line.startswith(" "):
+            folder = name
+            shown.add(name)
+        elif line.startswith("  ") and not line.startswith("   "):
+            shown.add(folder + name)
+    for package in ("clipserve", "training", "index", "service"):
+        for file in (ROOT / package).glob("*.py"):
+            if not file.name.startswith("__"):
+                assert f"{package}/{file.name}" in shown, file
+    for path in shown:
+        assert (ROOT / path).exists(), path
+
+
+def test_every_setting_is_documented() -> None:
+    text = (ROOT / "docs" / "training.md").read_text()
+    for name, _, meaning in describe_fields():
+        assert f"`{name}`" in text, name
+        assert meaning in text, name
+
+
+def test_every_service_setting_is_documented() -> None:
+    from service.settings import Settings
+
+    text = (ROOT / "docs" / "service.md").read_text()
+    for name in Settings.model_fields:
+        assert f"CLIPSERVE_{name.upper()}" in text, name
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_numbers_in_the_readme_are_the_committed_results() -> None:
+    import json
+
+    text = (ROOT / "README.md").read_text()
+    results = ROOT / "benchmarks" / "results"
+    demo = json.loads((results / "demo.json").read_text())
+    for shown in (f"{demo['train_seconds']:.0f} s of training", f"{demo['mean_r1']:.1%}"):
+        assert shown in text
+    assert f"{demo['mean_r10']:.1%}" in text
+    assert demo["date"] in text
+    embedding = json.loads((results / "embedding.json").read_text())
+    for kind in ("pictures", "texts"):
+        for batch in (1, 32):
+            values = embedding[kind][f"batch {batch}"].values()
+            assert f"| {kind}, batch {batch} | {' | '.join(map(str, values))} |" in text
