@@ -103,7 +103,6 @@ def test_a_step_that_fails_ends_the_demo(quiet: Console) -> None:
 @pytest.mark.slow
 def test_the_whole_demo_runs_on_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "find_emoji_font", lambda: None)
-    monkeypatch.setattr(demo, "EPOCHS", 2)
     demo.run(tmp_path / "demo", stay=False, port=0)
     summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
     assert summary["dataset"] == "digits"
