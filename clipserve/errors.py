@@ -4,6 +4,7 @@
     |- ConfigError            a setting: unknown, out of range, contradictory
     |- CheckpointError        a model or run directory: missing, damaged, of a newer format
     |- DataError              a source or a shard: unreadable, empty, malformed
+    |  |- SampleError         one sample: its bytes changed, or cannot be read
     |  `- TooManyBadSamples   more bad samples than the stated fraction (exit code 1)
     |- TrainingError          a run that cannot go on: its loss is not finite (exit code 1)
     |- ImageError             a picture: too large, not a picture, damaged
@@ -30,6 +31,20 @@ class CheckpointError(ClipserveError):
 
 class DataError(ClipserveError):
     """A source of samples cannot be read as described."""
+
+
+class SampleError(DataError):
+    """One sample cannot be read as its manifest describes it; the others can.
+
+    `kind` is countable: "changed" or "read_error".
+    """
+
+    def __init__(self, message: str, kind: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+    def __reduce__(self) -> tuple[type["SampleError"], tuple[str, str]]:
+        return type(self), (str(self), self.kind)  # it crosses from a worker to its parent
 
 
 class TooManyBadSamples(DataError):

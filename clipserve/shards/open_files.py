@@ -1,0 +1,58 @@
+"""Open files for random reads: few at a time, safe to share between threads and over forks.
+
+No lock anywhere: one held by a thread at the moment of a fork would stay locked in the child.
+"""
+
+import contextlib
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
+
+_MAX_GAP_BYTES = 2**14
+
+_V = TypeVar("_V")
+
+
+class Recent(Generic[_V]):
+    """The few values made last; one that is pushed out lives on while somebody uses it."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._values: OrderedDict[int, _V] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def get(self, key: int, make: Callable[[], _V]) -> _V:
+        value = self._values.get(key)
+        if value is None:
+            value = make()
+            with contextlib.suppress(KeyError):  # another thread was first to empty it
+                while len(self._values) >= self._limit:
+                    self._values.popitem(last=False)
+            self._values[key] = value
+        return value
+
+    def drop(self, key: int) -> None:
+        self._values.pop(key, None)
+
+
+class OpenFile:
+    """A descriptor that is closed when nobody uses it any more."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)
+
+
+def read_spans(descriptor: int, spans: Sequence[tuple[int, int]]) -> Sequence[bytes]:
+    filled = [(offset, size) for offset, size in spans if size] or [(0, 0)]
+    start = min(offset for offset, _ in filled)
+    end = max(offset + size for offset, size in filled)
+    if end - start > sum(size for _, size in filled) + _MAX_GAP_BYTES:
+        return [os.pread(descriptor, size, offset) if size else b"" for offset, size in spans]
+    data = os.pread(descriptor, end - start, start)
+    return [data[offset - start : offset - start + size] if size else b"" for offset, size in spans]
