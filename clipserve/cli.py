@@ -5,7 +5,6 @@ code 2. `--json` prints what a program may read.
 """
 
 import importlib.metadata
-import json
 import logging
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from clipserve.console import Counter, fail, print_json, print_line
 from clipserve.errors import ClipserveError, ConfigError
 
 app = typer.Typer(
@@ -32,51 +32,110 @@ ModelDir = Annotated[str, typer.Argument(metavar="MODEL", help="Model directory.
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, typer.Option(help="auto, fp32 or bf16.")]
-ImageColumn = Annotated[str | None, typer.Option(help="Column with the picture's path.")]
-CaptionColumn = Annotated[str | None, typer.Option(help="Column with the caption.")]
+ImageColumn = Annotated[
+    str | None, typer.Option(help="Column with the picture's path, http(s) URL, or bytes.")
+]
+CaptionColumn = Annotated[
+    str | None, typer.Option(help="Column with the caption; several, comma separated.")
+]
+CaptionTemplate = Annotated[
+    str | None, typer.Option(help='Make captions of columns: "{title}, {colour}".')
+]
+IdColumn = Annotated[str | None, typer.Option(help="Column with unique ids.")]
+GroupBy = Annotated[
+    str | None,
+    typer.Option(help="Join neighbouring rows with one value in this column: several captions."),
+]
+Split = Annotated[
+    str | None, typer.Option(help='Only these values of the field "split", comma separated.')
+]
+ImageFolder = Annotated[
+    Path | None, typer.Option(help="Where relative picture paths begin; else beside the table.")
+]
 
 
 @app.command()
 def pack(
-    source: Annotated[Path, typer.Argument(help="A .csv, .tsv, .jsonl, a folder, or shards.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A .csv, .tsv, .jsonl, .json or .parquet file, a folder, shards, or hf:NAME."
+        ),
+    ],
     out: Annotated[Path, typer.Argument(help="New folder for the shards.")],
     image_column: ImageColumn = None,
     caption_column: CaptionColumn = None,
+    caption_template: CaptionTemplate = None,
+    id_column: IdColumn = None,
+    group_by: GroupBy = None,
+    split: Split = None,
+    image_folder: ImageFolder = None,
     val_fraction: Annotated[
         float, typer.Option(min=0, max=0.9, help="Hold this part out, in OUT/val; rest OUT/train.")
     ] = 0.0,
+    split_by: Annotated[
+        str,
+        typer.Option(help="What never straddles the two parts: caption, image, or a column."),
+    ] = "caption",
     samples_per_shard: Annotated[int, typer.Option(min=1)] = 5000,
+    fetch_threads: Annotated[
+        int, typer.Option(min=1, max=1024, help="Pictures fetched at once, for URLs.")
+    ] = 32,
+    fetch_timeout: Annotated[
+        float, typer.Option(min=0.1, help="Seconds to wait for a server's answer.")
+    ] = 10.0,
     max_bad_fraction: Annotated[
         float, typer.Option(min=0, max=1, help="Exit code 1 when more than this part is bad.")
     ] = 0.1,
     as_json: Json = False,
 ) -> None:
-    """Pack captioned pictures into WebDataset shards; list the bad ones with row and reason."""
+    """Pack captioned pictures into WebDataset shards; list the bad ones with row and reason.
+
+    When it was cut short, the same command again goes on where it stopped.
+    """
     from clipserve.sources import SourceOptions, first_lines
+    from clipserve.sources.fetch import FetchLimits
     from training.shards import BAD_FILE, PackOptions
     from training.shards import pack as pack_source
 
     options = PackOptions(
-        source=SourceOptions(image_column, caption_column),
+        source=SourceOptions(
+            image_column=image_column,
+            caption_column=caption_column,
+            caption_template=caption_template,
+            id_column=id_column,
+            group_by=group_by,
+            split=split,
+            image_folder=image_folder,
+        ),
         samples_per_shard=samples_per_shard,
         val_fraction=val_fraction,
+        split_by=split_by,
+        fetch=FetchLimits(threads=fetch_threads, timeout_s=fetch_timeout),
     )
-    with _Counter("packing") as counter:
+    with Counter("packing") as counter:
         report = pack_source(source, out, options, counter.update)
     if as_json:
-        bad = [vars(record) for record in report.bad]
-        _print_json({"packed": report.packed, "bad_fraction": report.bad_fraction, "bad": bad})
+        print_json(
+            {
+                "packed": report.packed,
+                "bad_fraction": report.bad_fraction,
+                "bad_by_kind": report.bad_by_kind,
+                "bad_file": str(out / BAD_FILE),
+                "first_bad": [vars(record) for record in report.first_bad],
+            }
+        )
     else:
-        for line in first_lines(report.bad):
-            _print(f"bad: {line}")
+        for line in first_lines(report.first_bad, report.num_bad):
+            print_line(f"bad: {line}")
         for name, count in report.packed.items():
             if not count:
-                _print(f"nothing fell into {out / name}; raise or lower --val-fraction")
+                print_line(f"nothing fell into {out / name}; raise or lower --val-fraction")
         parts = ", ".join(f"{count} in {out / name}" for name, count in report.packed.items())
         kinds = ", ".join(f"{count} {kind}" for kind, count in report.bad_by_kind.items())
-        _print(f"packed {parts}; {len(report.bad)} bad{f' ({kinds})' if kinds else ''}")
+        print_line(f"packed {parts}; {report.num_bad} bad{f' ({kinds})' if kinds else ''}")
     if report.bad_fraction > max_bad_fraction:
-        _fail(
+        fail(
             f"{report.bad_fraction:.1%} of the samples are bad, more than --max-bad-fraction"
             f" {max_bad_fraction:.1%}; the good ones are packed, the bad ones in {out / BAD_FILE}",
             code=1,
@@ -85,42 +144,85 @@ def pack(
 
 @app.command()
 def verify(
-    path: Annotated[Path, typer.Argument(help="A model directory or a folder of shards.")],
+    location: Annotated[
+        str, typer.Argument(help="A model directory, or shards: a folder, a .tar, a pattern.")
+    ],
+    decode: Annotated[bool, typer.Option("--decode", help="Decode every picture, too.")] = False,
+    rescan: Annotated[
+        bool, typer.Option("--rescan", help="Replace the manifest by what is found now.")
+    ] = False,
+    no_write: Annotated[
+        bool, typer.Option("--no-write", help="Never write a manifest beside the shards.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Check every byte of a model directory or of shards; exit code 1 if something is damaged."""
-    from clipserve import checkpoint, shards
+    """Check every byte of a model directory or of shards; exit code 1 if something is damaged.
+
+    A folder of shards without a manifest gets one.
+    """
+    from clipserve import checkpoint
+
+    if checkpoint.is_model_directory(Path(location)):
+        _verify_model(Path(location), as_json)
+    else:
+        _verify_shards(location, decode, rescan, not no_write, as_json)
+
+
+def _verify_model(path: Path, as_json: bool) -> None:
+    from clipserve import checkpoint
     from training.state import verify_state
 
-    if checkpoint.is_model_directory(path):
-        try:
-            description = checkpoint.verify(path)
-            verify_state(path)
-        except ClipserveError as error:
-            _fail(str(error), code=1)
-        files, fingerprint = len(description["files"]), description["fingerprint"]
-        if as_json:
-            _print_json({"model": str(path), "files": files, "fingerprint": fingerprint})
-        else:
-            _print(f"{path}: model directory is whole, {files} files, fingerprint {fingerprint}")
-        return
-    manifest, problems = shards.verify(path)
+    try:
+        description = checkpoint.verify(path)
+        verify_state(path)
+    except ClipserveError as error:
+        fail(str(error), code=1)
+    files, fingerprint = len(description["files"]), description["fingerprint"]
     if as_json:
-        _print_json(
+        print_json({"model": str(path), "files": files, "fingerprint": fingerprint})
+    else:
+        print_line(f"{path}: model directory is whole, {files} files, fingerprint {fingerprint}")
+
+
+def _verify_shards(location: str, decode: bool, rescan: bool, write: bool, as_json: bool) -> None:
+    from clipserve.shards.verify import verify as verify_shards
+
+    with Counter("scanning, MiB") as counter:
+        report = verify_shards(
+            location,
+            decode=decode,
+            rescan=rescan,
+            write=write,
+            progress=lambda done, total: counter.update(done >> 20, total >> 20),
+        )
+    shards, samples = len(report.manifest.shards), report.manifest.num_samples
+    if as_json:
+        print_json(
             {
-                "shards": len(manifest.shards),
-                "samples": manifest.num_samples,
-                "bad": [vars(bad) for bad in manifest.bad],
-                "problems": problems,
+                "shards": shards,
+                "samples": samples,
+                "bad": [vars(bad) for bad in report.bad],
+                "problems": report.problems,
+                "duplicates": vars(report.duplicates),
+                "out_of_order": report.num_out_of_order,
             }
         )
     else:
-        for bad in manifest.bad:
-            _print(f"bad: {bad.shard}:{bad.key}: {bad.kind}: {bad.reason}")
-        count = len(manifest.bad)
-        _print(f"{len(manifest.shards)} shards, {manifest.num_samples} samples, {count} bad")
-    if problems:
-        _fail("; ".join(problems), code=1)
+        for bad in report.bad:
+            print_line(f"bad: {bad.shard}:{bad.key}: {bad.kind}: {bad.reason}")
+        for group in report.duplicates.first:
+            print_line(f"the same picture: {', '.join(group)}")
+        print_line(
+            f"{shards} shards, {samples} samples, {len(report.bad)} bad;"
+            f" {report.duplicates.groups} pictures occur more than once;"
+            f" {report.num_out_of_order} samples have their members apart"
+        )
+        if report.written:
+            print_line(f"wrote {report.written / 'manifest.json'}")
+    if report.problems:
+        fail("; ".join(report.problems), code=1)
+    if report.bad:
+        fail(f"{len(report.bad)} bad samples are left out of training; see the list", code=1)
 
 
 @app.command()
@@ -139,7 +241,7 @@ def train(
 
     if help_config:
         for name, default, meaning in describe_fields():
-            _print(f"{name} (default {default})\n    {meaning}")
+            print_line(f"{name} (default {default})\n    {meaning}")
         return
     given = list(overrides or [])
     is_override = config is not None and "=" in str(config) and config.suffix != ".toml"
@@ -150,14 +252,20 @@ def train(
     from training.loop import train as run
 
     result = run(settings, resume)
+    if result.stopped_by is not None:
+        fail(
+            f"stopped by {result.stopped_by.name} after step {result.step}, which is saved;"
+            " the same command goes on from there",
+            code=128 + result.stopped_by,
+        )
     rates = "  ".join(
         f"{key.removeprefix('val/')} {value:.1%}"
         for key, value in result.metrics.items()
         if key.endswith(("_r1", "_r10"))
     )
     speed = f"{result.samples_per_second:.0f} samples/s"
-    _print(f"trained {result.step} steps in {result.seconds:.0f} s ({speed})  {rates}")
-    _print(f"model: {result.best}")
+    print_line(f"trained {result.step} steps in {result.seconds:.0f} s ({speed})  {rates}")
+    print_line(f"model: {result.best}")
 
 
 @app.command()
@@ -180,17 +288,23 @@ def evaluate(
     wanted = [task.strip() for task in tasks.split(",") if task.strip()]
     shards = ShardSet.open(data)
     loaded = load(model, device, dtype)
-    _print_json(run(loaded, shards, wanted, label_field, templates))
+    print_json(run(loaded, shards, wanted, label_field, templates))
 
 
 @app.command()
 def embed(
     model: ModelDir,
-    source: Annotated[Path, typer.Argument(help="Shards, a table, or a folder of pictures.")],
+    source: Annotated[
+        str, typer.Argument(help="Shards, a table, a folder of pictures, or hf:NAME.")
+    ],
     collection: Annotated[Path, typer.Option(help="Collection directory to fill.")],
     image_column: ImageColumn = None,
     caption_column: CaptionColumn = None,
-    id_column: Annotated[str | None, typer.Option(help="Column with the items' ids.")] = None,
+    caption_template: CaptionTemplate = None,
+    id_column: IdColumn = None,
+    group_by: GroupBy = None,
+    split: Split = None,
+    image_folder: ImageFolder = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     overwrite: Annotated[bool, typer.Option(help="Embed again what is already there.")] = False,
     max_bad_fraction: Annotated[
@@ -206,30 +320,38 @@ def embed(
     from index.embed_corpus import embed_corpus
 
     loaded = load(model, device, dtype)
-    with _Counter("embedding") as counter:
+    with Counter("embedding") as counter:
         report = embed_corpus(
             loaded,
             source,
             collection,
-            options=SourceOptions(image_column, caption_column, id_column),
+            options=SourceOptions(
+                image_column=image_column,
+                caption_column=caption_column,
+                caption_template=caption_template,
+                id_column=id_column,
+                group_by=group_by,
+                split=split,
+                image_folder=image_folder,
+            ),
             batch_size=batch_size,
             overwrite=overwrite,
             progress=counter.update,
         )
     if as_json:
         bad = [vars(record) for record in report.bad]
-        _print_json({"added": report.added, "skipped": report.skipped, "bad": bad})
+        print_json({"added": report.added, "skipped": report.skipped, "bad": bad})
     else:
         for line in first_lines(report.bad):
-            _print(f"bad: {line}")
+            print_line(f"bad: {line}")
         rate = report.added / report.seconds if report.seconds else 0.0
-        _print(
+        print_line(
             f"added {report.added}, skipped {report.skipped} already there, {len(report.bad)} bad;"
             f" {report.seconds:.1f} s, {rate:.0f} pictures/s"
         )
     total = report.added + report.skipped + len(report.bad)
     if len(report.bad) > max_bad_fraction * total:
-        _fail(
+        fail(
             f"{len(report.bad)} of {total} samples are bad, more than --max-bad-fraction"
             f" {max_bad_fraction:.1%}; the good ones are in {collection}",
             code=1,
@@ -248,7 +370,7 @@ def index_build(
 
     with Collection.open(collection) as opened:
         info = build(opened, kind=kind)
-    _print_json(vars(info)) if as_json else _print(
+    print_json(vars(info)) if as_json else print_line(
         f"{info.kind}, {info.count} vectors: {info.reason}"
     )
 
@@ -273,10 +395,10 @@ def index_info(
             "index": vars(info) if info else None,
         }
     if as_json:
-        _print_json(facts)
+        print_json(facts)
         return
     for key, value in facts.items():
-        _print(f"{key}: {value if value is not None else 'none; searched exactly'}")
+        print_line(f"{key}: {value if value is not None else 'none; searched exactly'}")
 
 
 @app.command()
@@ -310,10 +432,10 @@ def search(
     hits = searcher.search(vectors, k)[0]
     searcher.close()
     if as_json:
-        _print_json([vars(hit) for hit in hits])
+        print_json([vars(hit) for hit in hits])
         return
     for rank, hit in enumerate(hits, start=1):
-        _print(f"{rank:>3}  {hit.score:.4f}  {hit.id}  {hit.caption}")
+        print_line(f"{rank:>3}  {hit.score:.4f}  {hit.id}  {hit.caption}")
 
 
 @app.command()
@@ -341,9 +463,9 @@ def classify(
         best = sorted(zip(head.labels, row.tolist(), strict=True), key=lambda pair: -pair[1])[:top]
         results.append({"image": str(image), "classes": [{"label": n, "p": p} for n, p in best]})
         if not as_json:
-            _print("  ".join([str(image), *(f"{name} {p:.1%}" for name, p in best)]))
+            print_line("  ".join([str(image), *(f"{name} {p:.1%}" for name, p in best)]))
     if as_json:
-        _print_json(results)
+        print_json(results)
 
 
 @app.command()
@@ -383,10 +505,10 @@ def doctor(as_json: Json = False) -> None:
 
     facts = examine()
     if as_json:
-        _print_json(facts)
+        print_json(facts)
         return
     for key, value in facts.items():
-        _print(f"{key}: {value}")
+        print_line(f"{key}: {value}")
 
 
 def main() -> NoReturn:
@@ -396,12 +518,12 @@ def main() -> NoReturn:
             _check_ownership()
         app(standalone_mode=False)
     except ClipserveError as error:
-        _fail(str(error), error.exit_code)
+        fail("; ".join([str(error), *getattr(error, "__notes__", [])]), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted", code=130)
+        fail("interrupted", code=130)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        _fail(f"{where}{error.strerror or error}", code=2)
+        fail(f"{where}{error.strerror or error}", code=2)
     except Exception as error:
         _exit_for_click(error)
         raise
@@ -439,56 +561,6 @@ def _read_labels(labels: str) -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
-class _Counter:
-    """A line that counts up on a terminal; silent elsewhere."""
-
-    def __init__(self, what: str) -> None:
-        from rich.console import Console
-        from rich.progress import (
-            MofNCompleteColumn,
-            Progress,
-            SpinnerColumn,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-
-        console = Console(stderr=True)
-        self._progress = Progress(
-            SpinnerColumn(),
-            TextColumn(what),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._task = self._progress.add_task(what, total=None)
-
-    def __enter__(self) -> "_Counter":
-        self._progress.start()
-        return self
-
-    def __exit__(self, kind: object, error: object, traceback: object) -> None:
-        self._progress.stop()
-
-    def update(self, done: int, total: int | None = None) -> None:
-        self._progress.update(self._task, completed=done, total=total)
-
-
 def _setup_logging() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("faiss.loader").setLevel(logging.WARNING)
-
-
-def _print(text: str) -> None:
-    typer.echo(text)
-
-
-def _print_json(value: object) -> None:
-    typer.echo(json.dumps(value, indent=2, default=str))
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    typer.echo(f"clipserve: {message}", err=True)
-    sys.exit(code)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from clipserve.embed import batched, embed_pixels
-from clipserve.errors import ImageError, IndexStoreError
+from clipserve.errors import ImageError, IndexStoreError, SampleError
 from clipserve.images import (
     DEFAULT_LIMITS,
     ImageLimits,
@@ -24,7 +24,8 @@ from clipserve.images import (
     make_thumbnail,
     open_image,
 )
-from clipserve.sources import BadRecord, Record, SourceOptions, read_source
+from clipserve.sources import BadRecord, Record, SourceOptions, Url, count_records, read_source
+from clipserve.sources.fetch import Fetcher
 from index.collection import Collection, Item, check_item
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class _Decoded:
 
 def embed_corpus(
     model: "Model",
-    source: Path,
+    source: str | Path,
     collection_path: Path,
     *,
     options: SourceOptions = _DEFAULT_OPTIONS,
@@ -69,7 +70,7 @@ def embed_corpus(
 
     An item's id is its record's key; ids that are there already are skipped, or embedded again if
     `overwrite`. Bad records are reported, not fatal. `progress(done, total)` is called after every
-    batch with the records dealt with; the total is None, for a source is read as it comes.
+    batch with the records dealt with; the total is None where it takes long to tell.
     IndexStoreError if the collection is another model's, or the model was never saved.
     """
     if model.info.fingerprint is None:
@@ -84,19 +85,22 @@ def embed_corpus(
         model_name=model.info.name,
         embed_dim=model.embed_dim,
     )
+    total = count_records(source, options) if progress is not None else None
     pool = ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1), "decode")
+    fetcher = Fetcher(limits.max_bytes)
     added = skipped = 0
     bad: list[BadRecord] = []
     try:
-        decoder = _Decoder(pool, collection, model.transform, limits, overwrite)
+        decoder = _Decoder(pool, fetcher, collection, model.transform, limits, overwrite)
         for batch in decoder.batches(batched(records, batch_size)):
             added += _store(model, collection, batch.decoded())
             skipped += batch.skipped
             bad += batch.bad
             if progress is not None:
-                progress(added + skipped + len(bad), None)
+                progress(added + skipped + len(bad), total)
     finally:
         pool.shutdown(cancel_futures=True)
+        fetcher.close()
         collection.close()
     return EmbedReport(added, skipped, bad, time.monotonic() - started)
 
@@ -120,6 +124,8 @@ class _Batch:
                 done.append(future.result())
             except ImageError as error:
                 self.refuse(record, "bad_image", error)
+            except SampleError as error:
+                self.refuse(record, error.kind, error)
         return done
 
 
@@ -129,12 +135,14 @@ class _Decoder:
     def __init__(
         self,
         pool: ThreadPoolExecutor,
+        fetcher: Fetcher,
         collection: Collection,
         transform: ImageTransform,
         limits: ImageLimits,
         overwrite: bool,
     ) -> None:
         self._pool = pool
+        self._fetcher = fetcher
         self._collection = collection
         self._transform = transform
         self._limits = limits
@@ -175,16 +183,12 @@ class _Decoder:
         except IndexStoreError as error:
             batch.refuse(record, "bad_item", error)
             return
-        future = self._pool.submit(_decode, item, record.image, self._transform, self._limits)
-        batch.decoding.append((record, future))
+        batch.decoding.append((record, self._pool.submit(self._decode, item, record.image)))
 
-
-def _decode(
-    item: Item, image: Path | bytes, transform: ImageTransform, limits: ImageLimits
-) -> _Decoded:
-    picture = open_image(image, limits)
-    pixels = transform.resize(picture)
-    return _Decoded(item, pixels, make_thumbnail(picture))
+    def _decode(self, item: Item, image: Path | bytes | Url) -> _Decoded:
+        data = self._fetcher.fetch(image) if isinstance(image, Url) else image
+        picture = open_image(data, self._limits)
+        return _Decoded(item, self._transform.resize(picture), make_thumbnail(picture))
 
 
 def _store(model: "Model", collection: Collection, batch: list[_Decoded]) -> int:

@@ -77,7 +77,10 @@ def test_pack_lists_bad_rows_and_ends_by_their_fraction(
     ("arguments", "words"),
     [
         (["pack", "no.csv", "out"], "no.csv does not exist"),
-        (["train", "out=x", "data.train=nowhere", "train.epochs=1"], "nowhere holds no .tar"),
+        (
+            ["train", "out=x", "data.train=nowhere", "train.epochs=1"],
+            "source nowhere does not exist",
+        ),
         (["train", "out=x", "data.trian=y", "train.epochs=1"], "did you mean 'train'"),
         (["train", "no.toml"], "no.toml does not exist"),
         (["classify", "nowhere", "x.png", "--labels", "a"], "x.png does not exist"),

@@ -37,6 +37,12 @@ def test_a_quote_that_is_never_closed_swallows_nothing(tmp_path: Path) -> None:
         read(table)
 
 
+def test_names_that_are_not_utf_8_can_be_shown(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_bytes(b"caf\xe9,caption\nx,y\n")
+    with pytest.raises(DataError, match=r"it has: caf\\udce9, caption"):
+        read(tmp_path / "t.csv")
+
+
 def test_tsv_and_columns_by_choice(tmp_path: Path) -> None:
     table = tmp_path / "t.tsv"
     table.write_text("id\tPicture\ttitle\tlong\n7\t1.jpg\tshort\ta long one\n")
@@ -72,8 +78,8 @@ def test_ids_from_a_column_must_be_there_and_unique(tmp_path: Path) -> None:
     records = read(table, id_column="sku")
     assert [(r.key, getattr(r, "kind", "good")) for r in records] == [
         ("a1", "good"),
-        ("row 1", "bad_id"),
-        ("row 2", "bad_id"),
+        ("a1", "bad_id"),
+        ("t/000000002", "bad_id"),
         ("b2", "good"),
     ]
     with pytest.raises(DataError, match="no column 'ean'"):
@@ -117,6 +123,8 @@ def test_a_folder_pairs_pictures_with_text_files(tmp_path: Path) -> None:
 def test_what_is_no_source_says_what_is(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not exist"):
         read(tmp_path / "no.csv")
+    with pytest.raises(DataError, match="https://x.org/t.csv is remote and no shards"):
+        list(read_source("https://me:secret@x.org/t.csv?token=1"))
     (tmp_path / "a.xlsx").write_text("x")
     with pytest.raises(DataError, match=r"give a \.csv"):
         read(tmp_path / "a.xlsx")

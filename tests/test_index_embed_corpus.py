@@ -2,6 +2,7 @@ import io
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from clipserve.checkpoint import save
 from clipserve.errors import DataError, IndexStoreError
 from clipserve.images import open_image
 from clipserve.model import Model, create
+from clipserve.sources import Record, SourceOptions
 from index.collection import Collection
 from index.embed_corpus import embed_corpus
 from index.search import Searcher
@@ -81,7 +83,7 @@ def test_a_source_becomes_a_searchable_collection(
         progress=lambda done, total: seen.append((done, total)),
     )
     assert (report.added, report.skipped, len(report.bad)) == (17, 0, 3)
-    assert seen == [(4, None), (8, None), (12, None), (16, None), (20, None)]
+    assert seen == [(4, 20), (8, 20), (12, 20), (16, 20), (20, 20)]
     pictures = [source.parent / f"{i}.png" for i in (0, 5, 19)]
     vectors = model.embed_images(pictures)
     with Searcher(tmp_path / "pets", fingerprint=model.info.fingerprint) as searcher:
@@ -167,24 +169,26 @@ def test_a_killed_run_goes_on_where_it_stopped(
     assert (report.added, report.skipped) == (7, 10)
 
 
-def test_a_key_used_twice_is_reported(model: Model, tmp_path: Path) -> None:
-    source = tmp_path / "folder"
-    source.mkdir()
-    for suffix in ("png", "bmp"):
-        Image.new("RGB", (9, 9)).save(source / f"a.{suffix}")
-    (source / "a.txt").write_text("twice")
-    report = embed_corpus(model, source, tmp_path / "pets")
+def test_a_key_used_twice_is_reported(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from index import embed_corpus as module
+
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    record = Record("a", "here", tmp_path / "a.png", ("twice",))
+    monkeypatch.setattr(module, "read_source", lambda source, options: iter([record, record]))
+    report = embed_corpus(model, tmp_path, tmp_path / "pets")
     assert report.added == 1
     assert [(bad.key, bad.kind) for bad in report.bad] == [("a", "duplicate_key")]
 
 
 def test_an_item_that_cannot_be_stored_is_reported(model: Model, tmp_path: Path) -> None:
     Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
-    rows = ['{"image": "a.png", "caption": "good"}', '{"image": "a.png", "caption": "x", "y": NaN}']
-    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
-    report = embed_corpus(model, tmp_path / "rows.jsonl", tmp_path / "pets")
+    (tmp_path / "rows.csv").write_text(f"sku,image,caption\na,a.png,x\n{'b' * 600},a.png,x\n")
+    options = SourceOptions(id_column="sku")
+    report = embed_corpus(model, tmp_path / "rows.csv", tmp_path / "pets", options=options)
     assert report.added == 1
-    assert [(bad.key, bad.kind) for bad in report.bad] == [("rows/000000001", "bad_item")]
+    assert [(bad.key, bad.kind) for bad in report.bad] == [("b" * 600, "bad_item")]
 
 
 def test_another_models_collection_is_left_alone(
@@ -206,3 +210,24 @@ def test_a_model_that_was_never_saved_is_refused(source: Path, tmp_path: Path) -
     with pytest.raises(IndexStoreError, match="save it"):
         embed_corpus(create(TABLE), source, tmp_path / "pets")
     assert not (tmp_path / "pets").exists()
+
+
+def test_pictures_behind_urls_are_embedded_and_failures_reported(
+    model: Model, tmp_path: Path
+) -> None:
+    from test_clipserve_sources_fetch import Server
+
+    running = Server()
+    thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        rows = [f"{running.url(path).address},words" for path in ("/ok.jpg", "/no.jpg")]
+        (tmp_path / "t.csv").write_text("\n".join(["url,caption", *rows]))
+        report = embed_corpus(model, str(tmp_path / "t.csv"), tmp_path / "pets")
+    finally:
+        running.stop.set()
+        running.shutdown()
+        running.server_close()
+        thread.join()
+    assert report.added == 1
+    assert [(bad.key, bad.kind) for bad in report.bad] == [("t/000000001", "fetch_failed")]

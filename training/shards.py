@@ -1,41 +1,50 @@
 """Records -> WebDataset shards and a manifest. Start at `pack`.
 
 Every picture is decoded once, so that what is packed will decode in training; a bad one is listed
-with its place and reason and left out. The folder appears when it is whole.
+with its place and reason and left out. A pack that was cut short goes on where it stopped when the
+same command is given again, and what it leaves is what it would have left without the cut.
 """
 
 import contextlib
 import json
-import os
-from collections import Counter
+import shutil
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from hashlib import sha256
+from dataclasses import asdict, dataclass, replace
+from itertools import chain as concatenate
 from pathlib import Path
 from typing import Any
 
-from clipserve.errors import DataError, ImageError
-from clipserve.files import new_directory, write_atomic
-from clipserve.images import ImageLimits, check_image, read_limited, to_png
-from clipserve.shards import scan, write_manifest
-from clipserve.sources import BadRecord, Record, SourceOptions, read_source
+from clipserve.errors import DataError
+from clipserve.files import sync
+from clipserve.shards import UNFINISHED, write_manifest
+from clipserve.shards.scan import scan
+from clipserve.sources import BadRecord, Record, SourceOptions, count_records, read_source
+from clipserve.storage import is_remote
+from training.pack_samples import (
+    BY_IMAGE,
+    FATAL_ERRNO,
+    Item,
+    PackOptions,
+    Sample,
+    folder_of,
+    to_samples,
+)
+from training.pack_state import (
+    BAD_FILE,
+    BadList,
+    PackState,
+    chain,
+    claim,
+    differing,
+    load_state,
+)
+from training.shard_writer import Position, ShardWriter
 
-BAD_FILE = "bad_samples.jsonl"
-_EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+__all__ = ["BAD_FILE", "PackOptions", "PackReport", "pack"]
 
+Progress = Callable[[int, int | None], None]
 
-@dataclass(frozen=True)
-class PackOptions:
-    """How to pack."""
-
-    source: SourceOptions = SourceOptions()
-    samples_per_shard: int = 5000
-    bytes_per_shard: int = 500 * 2**20
-    val_fraction: float = 0.0
-    """this part goes to OUT/val, the rest to OUT/train; by a hash of the caption, so that equal
-    captions stay together"""
-    limits: ImageLimits = ImageLimits()
+_DEFAULT_OPTIONS = PackOptions()
 
 
 @dataclass(frozen=True)
@@ -44,162 +53,221 @@ class PackReport:
 
     packed: dict[str, int]
     """samples written, by folder relative to OUT ("" without a split)"""
-    bad: list[BadRecord]
+    bad_by_kind: dict[str, int]
+    first_bad: list[BadRecord]
+    """the first few; all are in OUT/bad_samples.jsonl"""
 
     @property
     def num_good(self) -> int:
         return sum(self.packed.values())
 
     @property
-    def bad_fraction(self) -> float:
-        total = self.num_good + len(self.bad)
-        return len(self.bad) / total if total else 0.0
+    def num_bad(self) -> int:
+        return sum(self.bad_by_kind.values())
 
     @property
-    def bad_by_kind(self) -> dict[str, int]:
-        return dict(Counter(bad.kind for bad in self.bad))
+    def bad_fraction(self) -> float:
+        total = self.num_good + self.num_bad
+        return self.num_bad / total if total else 0.0
 
 
 def pack(
-    source: Path,
+    source: str | Path,
     out: Path,
-    options: PackOptions = PackOptions(),
-    progress: Callable[[int], None] | None = None,
+    options: PackOptions = _DEFAULT_OPTIONS,
+    progress: Progress | None = None,
 ) -> PackReport:
-    """Write `source` as shards into `out`, which must be new or empty. Raises DataError.
+    """Write `source` as shards into `out`: new, empty, or left by the same pack cut short.
 
-    `progress` is called with the number of records read so far. The bad ones are also written to
-    OUT/bad_samples.jsonl.
+    Raises DataError. `progress(done, total)` is called with the number of records dealt with; the
+    total is None where it takes long to tell. The bad ones are also in OUT/bad_samples.jsonl.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise DataError(f"{out} is not an empty folder; pack into a new one, or remove it first")
-    records = read_source(source, options.source)
-    with new_directory(out) as folder:
-        return _pack_into(folder, source, records, options, progress)
-
-
-def _pack_into(
-    out: Path,
-    source: Path,
-    records: Iterator[Record | BadRecord],
-    options: PackOptions,
-    progress: Callable[[int], None] | None,
-) -> PackReport:
-    folders = ["train", "val"] if options.val_fraction > 0 else [""]
-    bad: list[BadRecord] = []
-    with contextlib.ExitStack() as stack:
-        writers = {f: stack.enter_context(_ShardWriter(out / f, options)) for f in folders}
-        for number, checked in enumerate(_check_all(records, options.limits), start=1):
-            if isinstance(checked, BadRecord):
-                bad.append(checked)
-            else:
-                writers[_folder_of(checked.record, options.val_fraction)].write(checked)
-            if progress:
-                progress(number)
-    report = PackReport({folder: writer.num_samples for folder, writer in writers.items()}, bad)
-    if not report.num_good:
-        first = f"; the first: {bad[0].origin}: {bad[0].reason}" if bad else ""
-        kinds = ", ".join(f"{count} {kind}" for kind, count in report.bad_by_kind.items())
-        raise DataError(f"{source} has no usable sample: {kinds or 'it is empty'}{first}")
-    write_atomic(out / BAD_FILE, "".join(json.dumps(asdict(b)) + "\n" for b in bad))
-    for folder in folders:
-        names = sorted(file.name for file in (out / folder).glob("*.tar"))
-        write_manifest(out / folder, *scan(out / folder, names))
-    return report
-
-
-@dataclass(frozen=True)
-class _Checked:
-    record: Record
-    image: bytes
-    extension: str
-
-
-def _check_all(
-    records: Iterator[Record | BadRecord], limits: ImageLimits
-) -> Iterator[_Checked | BadRecord]:
-    """`_check` on a few threads (decoders release the GIL), in order, a bounded number ahead."""
-    threads = min(os.cpu_count() or 1, 8)
-    with ThreadPoolExecutor(threads) as pool:
-        ahead: list[Future[_Checked | BadRecord]] = []
-        for record in records:
-            ahead.append(pool.submit(_check, record, limits))
-            if len(ahead) > threads + 2:
-                yield ahead.pop(0).result()
-        for future in ahead:
-            yield future.result()
-
-
-def _check(record: Record | BadRecord, limits: ImageLimits) -> _Checked | BadRecord:
-    if isinstance(record, BadRecord):
-        return record
-    data = record.image
+    identity = _identify(source, options)
+    _check_is_free(out)
+    records = read_source(source, _source_options(options))
+    first = next(records, None)  # what is wrong with the source is told before a folder is made
+    if first is None:
+        raise DataError(f"{source} has no usable sample: it is empty")
+    total = count_records(source, options.source) if progress else None
     try:
-        if isinstance(data, Path):
-            data = read_limited(data, limits.max_bytes)
-        format = check_image(data, limits)
-        if format not in _EXTENSIONS:
-            data, format = to_png(data, limits), "PNG"
+        with claim(out):
+            state = _begin(out, identity, options)
+            numbered = _number(concatenate([first], records), source, state)
+            return _Packing(out, state, options).run(source, numbered, progress, total)
     except OSError as error:
-        reason = f"{error.filename}: {error.strerror}"
-        return BadRecord(record.key, record.origin, "missing_image", reason)
-    except ImageError as error:
-        return BadRecord(record.key, record.origin, "bad_image", str(error))
-    return _Checked(record, data, _EXTENSIONS[format])
+        if error.errno not in FATAL_ERRNO:
+            raise
+        raise DataError(
+            f"{out}: {error.strerror}; make room and give the same command again: it goes on"
+            " where it stopped"
+        ) from None
 
 
-def _folder_of(record: Record, val_fraction: float) -> str:
-    if val_fraction <= 0:
-        return ""
-    digest = sha256(record.captions[0].lower().encode()).digest()
-    return "val" if int.from_bytes(digest[:8], "big") < val_fraction * 2**64 else "train"
+class _Packing:
+    """One run of `pack`, from the state of the last on."""
 
+    def __init__(self, out: Path, state: PackState, options: PackOptions) -> None:
+        self._out, self._state, self._options = out, state, options
+        for name in {"", *options.folders}:
+            for leftover in (out / name).glob("*.tmp"):
+                leftover.unlink()
+        state.save(out)
+        self._bad = BadList(out, state.records, state.first_needed)
+        self._writers = {
+            name: ShardWriter(
+                out / name,
+                state.positions[name],
+                options.samples_per_shard,
+                options.bytes_per_shard,
+            )
+            for name in options.folders
+        }
+        for name in options.folders:
+            if name:  # opening the folder alone is refused as well
+                (out / name / UNFINISHED).touch()
 
-class _ShardWriter:
-    """Numbered shards in one folder."""
+    def run(
+        self,
+        source: str | Path,
+        items: Iterator[Item],
+        progress: Progress | None,
+        total: int | None,
+    ) -> PackReport:
+        last = None
+        try:
+            todo = to_samples(self._skip_done(items), self._options)
+            with contextlib.closing(todo):
+                for last, result in todo:
+                    self._take(last, result)
+                    if progress:
+                        progress(last.number, total)
+            self._finish(last)
+        finally:
+            for writer in self._writers.values():
+                writer.abandon()
+            self._bad.close()
+        return self._report(source)
 
-    def __init__(self, folder: Path, options: PackOptions) -> None:
-        self._folder, self._options = folder, options
-        self._next_shard, self.num_samples = 0, 0
-        self._in_shard, self._bytes = 0, 0
-        self._tar: Any = None
+    def _skip_done(self, items: Iterator[Item]) -> Iterator[Item]:
+        """Leave out what finished shards and the list of bad records deal with already."""
+        for item in items:
+            if item.number > self._state.records or not self._is_done(item):
+                yield item
 
-    def __enter__(self) -> "_ShardWriter":
-        self._folder.mkdir(parents=True, exist_ok=True)
-        return self
+    def _is_done(self, item: Item) -> bool:
+        if item.number in self._bad.listed or isinstance(item.record, BadRecord):
+            return True
+        if item.number <= self._state.first_needed:
+            return True
+        if self._options.split_by == BY_IMAGE:
+            return False  # its folder is not known before the picture is read
+        folder = folder_of(item.record, b"", self._options)
+        return item.number <= self._state.positions[folder].records
 
-    def __exit__(self, kind: object, error: object, traceback: object) -> None:
-        self._finish_shard()
-
-    def write(self, checked: _Checked) -> None:
-        from webdataset import TarWriter
-
-        full = self._in_shard >= self._options.samples_per_shard
-        if full or self._bytes >= self._options.bytes_per_shard:
-            self._finish_shard()
-        if self._tar is None:
-            path = self._folder / f"{self._next_shard:06d}.tar"
-            self._tar = TarWriter(str(path), mtime=0, user="", group="")
-        record = checked.record
-        fields = dict(record.metadata)
-        if len(record.captions) > 1:
-            fields["captions"] = list(record.captions)
-        self._tar.write(
-            {
-                "__key__": f"{self.num_samples:09d}",
-                checked.extension: checked.image,
-                "txt": record.captions[0],
-                "json": json.dumps(fields | {"origin": record.origin}).encode(),
-            }
-        )
-        self.num_samples += 1
-        self._in_shard += 1
-        self._bytes += len(checked.image)
-
-    def _finish_shard(self) -> None:
-        if self._tar is None:
+    def _take(self, item: Item, result: Sample | BadRecord) -> None:
+        if isinstance(result, BadRecord):
+            self._bad.add(item.number, result)
             return
-        self._tar.close()
-        self._tar = None
-        self._next_shard += 1
-        self._in_shard, self._bytes = 0, 0
+        writer = self._writers[result.folder]
+        if item.number > writer.position.records and writer.write(result.members):
+            writer.finish_shard()
+            self._save(item)
+
+    def _save(self, item: Item) -> None:
+        """Everything up to this record is on disk, or in the unfinished shard of another writer."""
+        self._bad.sync()
+        for writer in self._writers.values():
+            if writer.is_between_shards:
+                writer.move_to(item.number)
+        positions = {name: writer.position for name, writer in self._writers.items()}
+        is_ahead = item.number > self._state.records
+        self._state = PackState(
+            self._state.identity,
+            positions,
+            item.number if is_ahead else self._state.records,
+            item.digest.hex() if is_ahead else self._state.digest,
+        )
+        self._state.save(self._out)
+
+    def _finish(self, last: Item | None) -> None:
+        for writer in self._writers.values():
+            writer.finish_shard()
+        if last is not None:
+            self._save(last)
+
+    def _report(self, source: str | Path) -> PackReport:
+        packed = {name: writer.position.samples for name, writer in self._writers.items()}
+        report = PackReport(packed, dict(self._bad.by_kind), self._bad.first)
+        if not report.num_good:
+            kinds = ", ".join(f"{count} {kind}" for kind, count in report.bad_by_kind.items())
+            first = report.first_bad[0]
+            raise DataError(
+                f"{source} has no usable sample: {kinds}; the first: {first.origin}:"
+                f" {first.reason}; all: {self._out / BAD_FILE}"
+            )
+        for name in self._options.folders:
+            folder = self._out / name
+            shards = [f"{number:06d}.tar" for number in range(self._writers[name].position.shards)]
+            write_manifest(folder, *scan(folder, shards))
+        for name in sorted(self._options.folders, reverse=True):
+            (self._out / name / UNFINISHED).unlink(missing_ok=True)
+        (self._out / UNFINISHED).unlink(missing_ok=True)
+        sync(self._out)
+        return report
+
+
+def _identify(source: str | Path, options: PackOptions) -> dict[str, Any]:
+    """What must be the same for a pack to go on; in terms of JSON."""
+    path = Path(source)
+    is_here = not is_remote(str(source)) and path.exists()
+    found: dict[str, Any] = {"source": str(path.resolve() if is_here else source)}
+    if is_here and path.is_file():
+        found |= {"size": path.stat().st_size, "mtime_ns": path.stat().st_mtime_ns}
+    named = asdict(options)
+    del named["fetch"]  # patience does not change what a picture holds
+    return found | {"options": json.loads(json.dumps(named, default=str))}
+
+
+def _source_options(options: PackOptions) -> SourceOptions:
+    column = options.split_column
+    return replace(options.source, required_columns=(column,)) if column else options.source
+
+
+def _check_is_free(out: Path) -> None:
+    if not out.exists() or (out.is_dir() and (out / UNFINISHED).is_file()):
+        return
+    if not out.is_dir() or any(out.iterdir()):
+        raise DataError(f"{out} is not an empty folder; pack into a new one, or remove it first")
+
+
+def _begin(out: Path, identity: dict[str, Any], options: PackOptions) -> PackState:
+    """The state that an earlier run left, or a new one."""
+    state = load_state(out)
+    if state is None or not state.has_shards:
+        for name in filter(None, state.positions if state else ()):
+            shutil.rmtree(out / name, ignore_errors=True)  # this run may have no such folder
+        return PackState(identity, {name: Position() for name in options.folders})
+    if state.identity != identity:
+        names = ", ".join(differing(state.identity, identity))
+        raise DataError(
+            f"{out} holds a half-made pack of {state.identity.get('source')} that differs in"
+            f" {names}; give the command of that pack again, or remove {out}"
+        )
+    return state
+
+
+def _number(
+    records: Iterator[Record | BadRecord], source: str | Path, state: PackState
+) -> Iterator[Item]:
+    digest, number = b"", 0
+    for number, record in enumerate(records, start=1):
+        digest = chain(digest, record)
+        if number == state.records and digest.hex() != state.digest:
+            break
+        yield Item(number, digest, record)
+    else:
+        if number >= state.records:
+            return
+    raise DataError(
+        f"{source} has changed since the pack was begun; remove the folder and pack anew"
+    )
