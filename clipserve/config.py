@@ -9,9 +9,9 @@ import difflib
 import tomllib
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from clipserve.errors import ConfigError
@@ -36,17 +36,56 @@ class ModelConfig(_Section):
     """clipserve model directory to start from; an architecture given as well must be its own"""
 
 
+class TrainData(_Section):
+    """One of the sets to train on."""
+
+    path: str
+    """shards (folder, .tar, `{000..099}.tar`, https, s3, gs, `pipe:`), or a source to pack"""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """passes over it in one epoch: 2 shows each sample twice, 0.5 every other epoch"""
+
+
+def _as_list(value: object) -> object:
+    """A path alone, or a list in which paths may stand alone."""
+    items = value if isinstance(value, list | tuple) else [value]
+    return [{"path": item} if isinstance(item, str) else item for item in items]
+
+
 class DataConfig(_Section):
     """Where the captioned pictures come from, and how a batch is made of them."""
 
-    train: str
-    """shards to train on: a folder, a .tar, or a pattern (`shards/train-*.tar`)"""
+    train: Annotated[tuple[TrainData, ...], BeforeValidator(_as_list)]
+    """what to train on: shards, or a source that `clipserve pack` reads; or a list of several"""
     val: str | None = None
-    """shards to measure retrieval on, never trained on"""
+    """shards or a source to measure retrieval on, never trained on"""
+    val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """instead of `val`: the part of a train source, not of shards, that is held out"""
+    image_column: str | None = None
+    """of a source: the column with the picture's path, bytes or URL"""
+    caption_column: str | None = None
+    """of a source: the column with the caption"""
+    caption_template: str | None = None
+    """of a source: a caption made of columns, "{title}, {colour}" """
+    caption_fields: dict[str, Annotated[float, Field(gt=0)]] | None = None
+    """of shards: JSON fields to draw the caption from, with weights; `caption` is the packed one"""
     batch_size: Annotated[int, Field(ge=2)] = 256
     """pairs in one optimizer step, over all processes"""
+    last_batch: Literal["drop", "keep", "pad"] = "drop"
+    """the epoch's last batch when it is not full: left out, short, or filled from the first"""
+    replacement: bool = False
+    """draw samples independently, so that an epoch may show one twice and another never"""
+    shuffle_shards: Annotated[int, Field(ge=1)] | None = None
+    """shards that are mixed at a time; absent: all, or 8 when shards are fetched from elsewhere"""
+    bucket_batches: Annotated[int, Field(ge=0)] = 0
+    """sort captions by length within so many batches, so that each batch is cut short; 0: do not"""
     workers: Annotated[int, Field(ge=0)] = 2
-    """processes that decode pictures; 0 decodes in the training process"""
+    """processes that decode pictures, per training process; 0 decodes in it"""
+    decoder: Literal["fast", "exact"] = "fast"
+    """fast: JPEGs are decoded at a reduced size, within a stated tolerance; exact: as open_clip"""
+    cache_dir: str | None = None
+    """where fetched shards are kept; absent: $CLIPSERVE_CACHE or ~/.cache/clipserve"""
+    cache_gb: Annotated[float, Field(gt=0)] = 50.0
+    """how much of them is kept; at least twice `shuffle_shards` shards"""
     crop_scale: tuple[float, float] = (0.9, 1.0)
     """area of the random crop as a fraction of the picture; [1, 1] turns augmentation off"""
     crop_ratio: tuple[float, float] = (0.75, 1.3333333333333333)
@@ -62,6 +101,12 @@ class DataConfig(_Section):
         low, high = self.crop_ratio
         if not 0 < low <= high:
             raise ValueError(f"crop_ratio [{low}, {high}] must hold 0 < low <= high")
+        if not self.train:
+            raise ValueError("data.train is empty; name shards or a source")
+        if self.val_fraction and (self.val is not None or len(self.train) > 1):
+            raise ValueError(
+                "val_fraction holds out of one train source; leave out val, or name it"
+            )
         return self
 
 
@@ -112,6 +157,8 @@ class TrainConfig(_Section):
     """steps between lines of metrics.jsonl"""
     checkpoint_every_steps: Annotated[int, Field(ge=1)] | None = None
     """steps between checkpoints, beside the one at each epoch's end"""
+    checkpoint_every_minutes: Annotated[float, Field(gt=0)] | None = None
+    """minutes between checkpoints, likewise"""
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
     """newest checkpoints that stay on disk, beside the best"""
     best_metric: str = "val/mean_r1"
@@ -180,19 +227,28 @@ def preset_names() -> list[str]:
 
 def describe_fields() -> list[tuple[str, str, str]]:
     """Every setting as (dotted name, default, meaning), in the order of the file."""
+    return _describe(Config, "")
+
+
+def _describe(kind: type[BaseModel], prefix: str) -> list[tuple[str, str, str]]:
     rows = []
-    for section, field in Config.model_fields.items():
-        if section == "out":
-            rows.append(("out", "required", field.description or ""))
-            continue
-        kind = ObjectiveConfig if section == "objectives" else field.annotation
-        prefix = "objectives[]" if section == "objectives" else section
-        assert isinstance(kind, type)
-        assert issubclass(kind, BaseModel)
-        for name, inner in kind.model_fields.items():
-            default = "required" if inner.is_required() else str(inner.default)
-            rows.append((f"{prefix}.{name}", default, inner.description or ""))
+    for name, field in kind.model_fields.items():
+        inner, is_list = _section_in(field.annotation)
+        if field.description:
+            default = "required" if field.is_required() else str(field.default)
+            rows.append((prefix + name, default, field.description))
+        if inner is not None:
+            rows += _describe(inner, f"{prefix}{name}{'[]' if is_list else ''}.")
     return rows
+
+
+def _section_in(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
+    """The table that a field holds, if it holds one, and whether it is a list of them."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation, False
+    inside = [arg for arg in get_args(annotation) if isinstance(arg, type)]
+    sections = [arg for arg in inside if issubclass(arg, BaseModel)]
+    return (sections[0], True) if sections else (None, False)
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -263,12 +319,8 @@ def _explain(item: ErrorDetails) -> str:
 def _known_names(parents: list[str]) -> list[str]:
     kind: type[BaseModel] = Config
     for part in parents:
-        if part == "objectives":
-            kind = ObjectiveConfig
-        elif part in kind.model_fields:
-            annotation = kind.model_fields[part].annotation
-            assert isinstance(annotation, type)
-            kind = annotation
+        if part in kind.model_fields:
+            kind = _section_in(kind.model_fields[part].annotation)[0] or kind
     return list(kind.model_fields)
 
 

@@ -34,6 +34,12 @@ def tiny_architecture() -> dict[str, Any]:
     }
 
 
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Fetched shards and kept scans of a test are its own, those of its subprocesses too."""
+    monkeypatch.setenv("CLIPSERVE_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture
 def architecture() -> dict[str, Any]:
     return tiny_architecture()

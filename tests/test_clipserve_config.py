@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from clipserve.config import describe_fields, dump_toml, load_config, preset_names
+from clipserve.config import TrainData, describe_fields, dump_toml, load_config, preset_names
 from clipserve.errors import ConfigError
 
 NEEDED = ["out=run", "data.train=shards", "train.epochs=3"]
@@ -10,7 +10,8 @@ NEEDED = ["out=run", "data.train=shards", "train.epochs=3"]
 
 def test_three_settings_suffice_and_the_tiny_preset_is_the_default() -> None:
     config = load_config(None, NEEDED)
-    assert (config.out, config.data.train, config.train.epochs) == ("run", "shards", 3)
+    assert (config.out, config.train.epochs) == ("run", 3)
+    assert config.data.train == (TrainData(path="shards"),)
     assert isinstance(config.model.architecture, dict)
     assert config.model.architecture["vision_cfg"]["image_size"] == 64
     assert [objective.name for objective in config.objectives] == ["contrastive"]

@@ -1,3 +1,4 @@
+import errno
 import fcntl
 import io
 import json
@@ -19,12 +20,13 @@ from clipserve.errors import (
     TooManyBadSamples,
     TrainingError,
 )
-from clipserve.shards import ShardSet, scan, write_manifest
-from training import recipe
+from clipserve.shards import ShardSet, write_manifest
+from clipserve.shards.scan import scan
+from training import loop
 from training.evaluate.retrieval import evaluate_retrieval
 from training.loop import TrainResult, train
 from training.shards import PackOptions, pack
-from training.state import verify_state
+from training.state import State, verify_state
 
 SMALL = [
     "model.preset=tiny",
@@ -173,7 +175,7 @@ def test_changed_shards_are_not_resumed_on(data: Path, tmp_path: Path, captioned
     pack(captioned(24, "c"), tmp_path / "other")
     changed = config(data, tmp_path / "run", f"data.train={tmp_path / 'other'}")
     # Same pictures in one shard instead of three: another manifest.
-    with pytest.raises(CheckpointError, match="training shards changed"):
+    with pytest.raises(CheckpointError, match="training shards or their weights changed"):
         run(changed)
 
 
@@ -254,7 +256,7 @@ def test_another_order_of_samples_is_not_resumed_on(data: Path, tmp_path: Path) 
 def test_damaged_state_is_found_by_verify_and_by_resuming(data: Path, tmp_path: Path) -> None:
     run(config(data, tmp_path / "run"))
     state = (tmp_path / "run" / "latest").resolve() / "state"
-    for name in ("counters.json", "optimizer.safetensors"):
+    for name in ("state.json", "optimizer.safetensors"):
         original = (state / name).read_bytes()
         damaged = bytearray(original)
         damaged[len(damaged) // 2] ^= 1
@@ -284,13 +286,88 @@ def test_two_processes_do_not_train_into_one_directory(data: Path, tmp_path: Pat
             run(config(data, tmp_path / "run"))
 
 
-def test_a_workers_error_arrives_as_one_line(data: Path, tmp_path: Path) -> None:
-    settings = config(data, tmp_path / "run", "data.workers=1")
-    prepared = recipe.prepare(settings)
-    for shard in (data / "train").glob("*.tar"):
-        shard.write_bytes(shard.read_bytes()[:1024])
-    with pytest.raises(DataError, match=r"^shard 00000\d\.tar ends before byte \d+: it was cut$"):
-        list(prepared.stream.batches(0, 1, workers=1))
+def test_a_missing_shard_stops_the_run_with_a_checkpoint_of_its_last_step(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = loop._step
+
+    def step(prepared: Any, *rest: Any) -> Any:
+        if prepared.state.counters.step == 3:
+            for shard in (data / "train").glob("*.tar"):
+                shard.unlink(missing_ok=True)
+            for part in prepared.stream.data.parts:
+                part.shards.close()
+        return real(prepared, *rest)
+
+    monkeypatch.setattr(loop, "_step", step)
+    with pytest.raises(DataError, match=r"^shard .*00000\d\.tar") as caught:
+        run(config(data, tmp_path / "run"))
+    assert "\n" not in str(caught.value)
+    last = int((tmp_path / "run" / "latest").resolve().name.removeprefix("step-"))
+    assert last == 4
+    assert max(losses(tmp_path / "run")) == last
+    checkpoint.verify(tmp_path / "run" / "latest")
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = State.save
+
+    def save(self: State, folder: Path) -> None:
+        if self.counters.step > 3:
+            raise OSError(errno.ENOSPC, "No space left on device", str(folder))
+        real(self, folder)
+
+    monkeypatch.setattr(State, "save", save)
+    with pytest.raises(OSError, match="No space left"):
+        run(config(data, tmp_path / "run"))
+    monkeypatch.setattr(State, "save", real)
+    checkpoint.verify(tmp_path / "run" / "latest")
+    run(config(data, tmp_path / "run"))
+    run(config(data, tmp_path / "whole"))
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_minutes_ask_for_checkpoints_too(data: Path, tmp_path: Path) -> None:
+    more = ("train.steps=5", "train.checkpoint_every_minutes=1e-9", "train.keep_checkpoints=9")
+    run(config(data, tmp_path / "run", *more))
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == [f"step-{step:09d}" for step in range(1, 6)]
+
+
+def test_a_table_is_trained_on_as_it_is(captioned: Any, tmp_path: Path) -> None:
+    table = captioned(40)
+    table.write_text(table.read_text() + "missing.png,a picture that is not there,red\n")
+    settings = [
+        f"out={tmp_path / 'run'}",
+        f"data.train={table}",
+        "data.val_fraction=0.3",
+        "data.caption_template={colour} thing: {caption}",
+        "train.steps=2",
+        *SMALL,
+    ]
+    result, _ = run(load_config(None, settings))
+    assert "val/mean_r1" in result.metrics
+    packed = tmp_path / "run" / "shards" / "train-0"
+    sets = [ShardSet.open(packed / name) for name in ("train", "val")]
+    assert sum(map(len, sets)) == 40
+    assert sets[0].read(0).captions[0].split(" thing: picture number ")[0] in ("red", "blue")
+    before = sorted((file.name, file.stat().st_mtime_ns) for file in packed.rglob("*.tar"))
+    run(load_config(None, [*settings, "train.steps=3"]))
+    assert before == sorted((file.name, file.stat().st_mtime_ns) for file in packed.rglob("*.tar"))
+    table.write_text(table.read_text().replace("number 3,", "number three,"))
+    with pytest.raises(DataError, match=r"changed since .* was packed"):
+        run(load_config(None, [*settings, "train.steps=4"]))
+
+
+def test_shards_and_weights_are_listed(data: Path, tmp_path: Path) -> None:
+    sets = f'data.train=[{{path="{data / "train"}"}}, {{path="{data / "val"}", weight=2}}]'
+    run(config(data, tmp_path / "run", sets, "train.epochs=1", "data.last_batch=keep"))
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[-2])["samples"] == 24 + 2 * 10
+    with pytest.raises(CheckpointError, match="or their weights changed"):
+        run(config(data, tmp_path / "run", sets.replace("weight=2", "weight=3"), "train.epochs=2"))
 
 
 def test_truncated_captions_are_counted(data: Path, tmp_path: Path) -> None:
@@ -300,23 +377,48 @@ def test_truncated_captions_are_counted(data: Path, tmp_path: Path) -> None:
     assert json.loads(line)["truncated_fraction"] == 1.0
 
 
-def test_too_many_bad_samples_stop_the_run(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def half_broken(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every other training picture is cut when it is read."""
     real = ShardSet.read
 
     def read(self: ShardSet, i: int) -> Any:
         sample = real(self, i)
-        if i % 2 and self.folder.name == "train":
+        if i % 2 and len(self) == 24:
             object.__setattr__(sample, "image", sample.image[:60])
         return sample
 
     monkeypatch.setattr(ShardSet, "read", read)
-    with pytest.raises(TooManyBadSamples, match="max_bad_fraction"):
+
+
+@pytest.mark.usefixtures("half_broken")
+def test_too_many_bad_samples_stop_the_run_with_a_checkpoint(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(TooManyBadSamples, match=r"of \d+ samples were bad.*max_bad_fraction"):
         run(config(data, tmp_path / "run"))
-    listed = (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()
+    listed = bad_lines(tmp_path / "run")
     assert len(listed) > 10
-    assert {"shard", "key", "kind", "reason"} == set(json.loads(listed[0]))
+    assert {"step", "shard", "key", "kind", "reason"} == set(listed[0])
+    assert (tmp_path / "run" / "latest").exists()
+
+
+@pytest.mark.usefixtures("half_broken")
+def test_bad_samples_are_counted_once_however_often_one_resumes(
+    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    more = ["data.max_bad_fraction=0.9", "train.checkpoint_every_steps=4"]
+    run(config(data, tmp_path / "run", *more))
+    whole = bad_lines(tmp_path / "run")
+    assert len(whole) == 36  # 12 of 24 in each of 3 epochs
+    assert len([r for r in caplog.records if "bad sample" in r.message]) == 12  # once each
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[-2])["samples"] == 36
+    start = str(tmp_path / "run" / "checkpoints" / "step-000000006")
+    run(config(data, tmp_path / "run", *more), resume=start)
+    assert bad_lines(tmp_path / "run") == whole
+
+
+def bad_lines(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "bad_samples.jsonl").read_text().splitlines()]
 
 
 def test_bf16_training_stays_near_fp32(data: Path, tmp_path: Path) -> None:

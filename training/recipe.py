@@ -1,9 +1,10 @@
 """From a configuration to the things a run needs: model, data, optimizer, step count."""
 
 import logging
+import os
 import shutil
 from dataclasses import dataclass
-from pathlib import Path
+from hashlib import sha256
 
 import torch
 
@@ -16,9 +17,14 @@ from clipserve.metrics import RETRIEVAL_METRICS
 from clipserve.model import Model, create
 from clipserve.shards import ShardSet
 from clipserve.towers import architecture_config
+from training.data import Data
+from training.distributed import World
 from training.optim import build_optimizer
-from training.state import Order
-from training.streaming import Stream
+from training.order import OrderSettings
+from training.state import State
+from training.streaming import SampleSettings, Stream
+
+_REMOTE_SHUFFLE_SHARDS = 8
 
 logger = logging.getLogger(__name__)
 
@@ -28,51 +34,84 @@ class Run:
     """All that the loop works on."""
 
     config: Config
-    model: Model
+    state: State
     stream: Stream
     val: ShardSet | None
-    optimizer: torch.optim.AdamW
     device: torch.device
     autocast: bool
     compile: bool
     total_steps: int
-
-    @property
-    def order(self) -> Order:
-        """What the order of samples depends on."""
-        fingerprint = self.stream.shards.manifest.fingerprint
-        return Order(fingerprint, self.stream.batch_size, self.stream.seed)
+    world: World
 
 
-def prepare(config: Config) -> Run:
-    """Build and check everything; raises ClipserveError before anything is written."""
-    device = resolve_device(config.train.device)
+def prepare(config: Config, data: Data, world: World) -> Run:
+    """Build and check everything; raises ClipserveError. Nothing is written."""
+    device = _device(config, world)
+    _check_best_metric(config, data)
     torch.manual_seed(config.train.seed)
     model = build_model(config).to(device)
-    train = ShardSet.open(Path(config.data.train))
-    val = _open_val(config)
+    world.same_weights(model.network)
     compile_towers = _use_compile(config, device)
-    stream = Stream(
-        train,
-        TrainTransform(model.transform, config.data.crop_scale, config.data.crop_ratio),
-        model.tokenizer,
-        batch_size=config.data.batch_size,
-        seed=config.train.seed,
-        # Few distinct lengths where each is compiled for.
-        text_multiple=(8 if compile_towers else 1) if model.can_cut_text else 0,
+    stream = _build_stream(config, data, model, world, compile_towers)
+    _check_agreement(stream, world)
+    total_steps = config.train.steps or (
+        (config.train.epochs or 0) * stream.order.batches_per_epoch
     )
-    total_steps = config.train.steps or (config.train.epochs or 0) * stream.batches_per_epoch
     return Run(
         config=config,
-        model=model,
+        state=State(model, build_optimizer(model, config.optim), stream.order.identity),
         stream=stream,
-        val=val,
-        optimizer=build_optimizer(model, config.optim),
+        val=data.val,
         device=device,
         autocast=_use_bf16(config, device),
         compile=compile_towers,
         total_steps=total_steps,
+        world=world,
     )
+
+
+def _build_stream(
+    config: Config, data: Data, model: Model, world: World, compile_towers: bool
+) -> Stream:
+    settings = config.data
+    window = settings.shuffle_shards
+    if window is None and data.train.is_remote:
+        window = _REMOTE_SHUFFLE_SHARDS
+    transform = TrainTransform(model.transform, settings.crop_scale, settings.crop_ratio)
+    return Stream(
+        data.train,
+        SampleSettings(transform, settings.caption_fields, settings.decoder == "exact"),
+        model.tokenizer,
+        OrderSettings(
+            batch_size=settings.batch_size,
+            seed=config.train.seed,
+            last_batch=settings.last_batch,
+            replacement=settings.replacement,
+            shuffle_shards=window,
+            bucket_batches=settings.bucket_batches,
+        ),
+        # Few distinct lengths where each is compiled for.
+        text_multiple=(8 if compile_towers else 1) if model.can_cut_text else 0,
+        world=world,
+    )
+
+
+def _device(config: Config, world: World) -> torch.device:
+    """One GPU for each process of a machine, as torchrun numbers them."""
+    device = resolve_device(config.train.device)
+    if device.type == "cuda" and world.size > 1:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    return device
+
+
+def _check_agreement(stream: Stream, world: World) -> None:
+    """Every rank must draw from the same order, or the batches would be none."""
+    digest = sha256(repr(stream.order.identity).encode()).digest()
+    if len(set(world.exchange(int.from_bytes(digest[:7], "big"))[:, 0].tolist())) > 1:
+        raise DataError(
+            "the processes of this run see different shards or settings; give all the same"
+        )
 
 
 def build_model(config: Config) -> Model:
@@ -95,18 +134,12 @@ def build_model(config: Config) -> Model:
     return model
 
 
-def _open_val(config: Config) -> ShardSet | None:
-    if config.data.val is None:
-        return None
+def _check_best_metric(config: Config, data: Data) -> None:
     known = [f"val/{name}" for name in RETRIEVAL_METRICS]
-    if config.train.best_metric not in known:
+    if data.val is not None and config.train.best_metric not in known:
         raise ConfigError(
             f"train.best_metric {config.train.best_metric!r} is not one of {', '.join(known)}"
         )
-    val = ShardSet.open(Path(config.data.val))
-    if not len(val):
-        raise DataError(f"data.val = {config.data.val!r} holds no samples; leave it out or fill it")
-    return val
 
 
 def _use_bf16(config: Config, device: torch.device) -> bool:

@@ -1,30 +1,36 @@
-"""All that resuming needs beside the model directory, saved and restored as one.
+"""All that a continuation needs beside the model directory, saved and restored as one.
 
-A checkpoint is a model directory plus `state/`: the optimizer's moments as safetensors, counters
-and generators as JSON. Never pickle: a checkpoint may come from anywhere.
+A checkpoint is a model directory plus `state/`: the optimizer's moments and whatever else learns or
+remembers (an EMA, a queue) as safetensors, the position and the counters as JSON. Never pickle: a
+checkpoint may come from anywhere. Random generators are not in it because none is carried along:
+each step seeds its own from (seed, step, rank), see `seed_step`. Start at `State`.
 """
 
-import base64
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor, nn
 
 from clipserve import checkpoint
 from clipserve.errors import CheckpointError
 from clipserve.files import sha256 as file_sha256
 from clipserve.model import Model
+from training.order import Position
 
-_COUNTERS = "counters.json"
+FORMAT_VERSION = 2
+_STATE = "state.json"
 _OPTIMIZER = "optimizer.safetensors"
 
 
 @dataclass
 class Counters:
-    """Where a run stands. `step` is the number of optimizer steps done."""
+    """What was done so far. `step` is the number of optimizer steps."""
 
     step: int = 0
     samples: int = 0
@@ -34,37 +40,74 @@ class Counters:
     """time spent training, over all sessions"""
 
 
-@dataclass(frozen=True)
-class Order:
-    """What the order of samples depends on; a run that goes on must have the same."""
+@dataclass
+class State:
+    """Everything that changes while a run goes on.
 
-    data_fingerprint: str
-    batch_size: int
-    seed: int
+    `order` is SampleOrder.identity: a run only goes on over the order that it began with. `extras`
+    are modules beside the model whose parameters and buffers belong to the run.
+    """
+
+    model: Model
+    optimizer: torch.optim.Optimizer
+    order: Mapping[str, Any]
+    extras: Mapping[str, nn.Module] = field(default_factory=dict)
+    position: Position = Position()
+    counters: Counters = field(default_factory=Counters)
+
+    def save(self, folder: Path) -> None:
+        """Write state/ into a new checkpoint folder."""
+        from safetensors.torch import save_file
+
+        state = folder / "state"
+        state.mkdir()
+        files = {_OPTIMIZER: _moments(self.optimizer)}
+        files |= {f"{name}.safetensors": m.state_dict() for name, m in self.extras.items()}
+        for name, tensors in files.items():
+            save_file({key: value.contiguous() for key, value in tensors.items()}, state / name)
+        content = {
+            "format_version": FORMAT_VERSION,
+            "position": asdict(self.position),
+            "counters": asdict(self.counters),
+            "order": dict(self.order),
+            "files": {name: file_sha256(state / name) for name in files},
+        }
+        content["checksum"] = _checksum(content)
+        (state / _STATE).write_text(json.dumps(content, indent=1))
+
+    def restore(self, directory: Path) -> None:
+        """Take over a checkpoint's weights, moments, extras, position and counters.
+
+        Raises CheckpointError if it is damaged, of another architecture, or of another order.
+        """
+        from safetensors.torch import load_file
+
+        saved = checkpoint.load_for_training(directory)
+        if saved.architecture != self.model.architecture:
+            raise CheckpointError(
+                f"{directory} has another architecture than this run; start anew in another `out`"
+            )
+        content = _read_state(directory / "state")
+        _check_order(directory, content["order"], self.order)
+        missing = {f"{name}.safetensors" for name in self.extras} - set(content["files"])
+        if missing:
+            raise CheckpointError(
+                f"{directory} lacks {', '.join(sorted(missing))}, which this run's objectives"
+                " need; start anew in another `out`"
+            )
+        self.model.network.load_state_dict(saved.network.state_dict())
+        for name, module in self.extras.items():
+            module.load_state_dict(load_file(directory / "state" / f"{name}.safetensors"))
+        moments = load_file(directory / "state" / _OPTIMIZER)
+        self.optimizer.load_state_dict(_optimizer_state(self.optimizer, moments))
+        self.position = Position(**content["position"])
+        self.counters = Counters(**content["counters"])
 
 
-def save_state(
-    folder: Path, optimizer: torch.optim.Optimizer, counters: Counters, order: Order
-) -> None:
-    """Write into a new checkpoint folder."""
-    from safetensors.torch import save_file
-
-    state = folder / "state"
-    state.mkdir()
-    tensors = {
-        f"{index}.{name}": value.contiguous()
-        for index, moments in optimizer.state_dict()["state"].items()
-        for name, value in moments.items()
-    }
-    save_file(tensors, state / _OPTIMIZER)
-    content = {
-        "counters": asdict(counters),
-        "order": asdict(order),
-        "torch_rng": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
-        "optimizer_sha256": file_sha256(state / _OPTIMIZER),
-    }
-    content["checksum"] = _checksum(content)
-    (state / _COUNTERS).write_text(json.dumps(content, indent=1))
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Set all of torch's generators, on every device, for one step of one rank."""
+    words = np.random.SeedSequence((seed, step, rank)).generate_state(2, np.uint32)
+    torch.manual_seed(int(words[0]) << 32 | int(words[1]))
 
 
 def verify_state(directory: Path) -> None:
@@ -73,50 +116,36 @@ def verify_state(directory: Path) -> None:
         _read_state(directory / "state")
 
 
-def restore_state(
-    directory: Path, model: Model, optimizer: torch.optim.Optimizer, order: Order
-) -> Counters:
-    """Load a checkpoint's weights, moments, counters and generator into the given objects.
-
-    Raises CheckpointError if it is damaged, of another architecture, or of another sample order.
-    """
-    from safetensors.torch import load_file
-
-    saved = checkpoint.load_for_training(directory)
-    if saved.architecture != model.architecture:
-        raise CheckpointError(
-            f"{directory} has another architecture than this run; start anew in another `out`"
-        )
-    content = _read_state(directory / "state")
-    for name, found in asdict(order).items():
-        before = content["order"][name]
-        if found != before:
-            what = {"data_fingerprint": "the training shards"}.get(name, name)
-            raise CheckpointError(
-                f"{what} changed since {directory.name} was written, from {str(before)[:12]} to"
-                f" {str(found)[:12]}; change it back, or start anew in another `out`"
-            )
-    model.network.load_state_dict(saved.network.state_dict())
-    moments = load_file(directory / "state" / _OPTIMIZER)
-    optimizer.load_state_dict(_optimizer_state(optimizer, moments))
-    generator = base64.b64decode(content["torch_rng"])
-    torch.set_rng_state(torch.frombuffer(bytearray(generator), dtype=torch.uint8))
-    return Counters(**content["counters"])
-
-
 def _read_state(state: Path) -> dict[str, Any]:
-    """counters.json, with both files checked."""
+    """state.json, with all files checked."""
     try:
-        text = (state / _COUNTERS).read_text()
+        text = (state / _STATE).read_text()
         content: dict[str, Any] = json.loads(text)
-        digest = file_sha256(state / _OPTIMIZER)
-    except (OSError, ValueError) as error:
+        digests = {name: file_sha256(state / Path(name).name) for name in content["files"]}
+    except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{state} cannot be resumed from: {error}") from None
     if text != json.dumps(content, indent=1) or content.get("checksum") != _checksum(content):
-        raise CheckpointError(f"{state / _COUNTERS} was changed after it was written")
-    if digest != content["optimizer_sha256"]:
-        raise CheckpointError(f"{state / _OPTIMIZER} is damaged; resume from another checkpoint")
+        raise CheckpointError(f"{state / _STATE} was changed after it was written")
+    if content["format_version"] > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{state} has format {content['format_version']}; this version reads up to"
+            f" {FORMAT_VERSION}: install a newer clipserve"
+        )
+    for name, digest in digests.items():
+        if digest != content["files"][name]:
+            raise CheckpointError(f"{state / name} is damaged; resume from another checkpoint")
     return content
+
+
+def _check_order(directory: Path, before: dict[str, Any], now: Mapping[str, Any]) -> None:
+    for name in sorted(before.keys() | now.keys()):
+        old, new = before.get(name), now.get(name)
+        if old != new:
+            what = {"datasets": "the training shards or their weights"}.get(name, name)
+            raise CheckpointError(
+                f"{what} changed since {directory.name} was written, from {str(old)[:12]} to"
+                f" {str(new)[:12]}; change it back, or start anew in another `out`"
+            )
 
 
 def _checksum(content: dict[str, Any]) -> str:
@@ -124,10 +153,18 @@ def _checksum(content: dict[str, Any]) -> str:
     return sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
+def _moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return {
+        f"{index}.{name}": value
+        for index, moments in optimizer.state_dict()["state"].items()
+        for name, value in moments.items()
+    }
+
+
 def _optimizer_state(
-    optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]
+    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
 ) -> dict[str, Any]:
-    moments: dict[int, dict[str, torch.Tensor]] = {}
+    moments: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         index, _, key = name.partition(".")
         moments.setdefault(int(index), {})[key] = value

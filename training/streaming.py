@@ -1,30 +1,45 @@
-"""Shards -> samples -> batches, in an order that is a pure function of (seed, epoch, manifest).
+"""Shards -> samples -> batches, in the order that `training.order` gives. Start at `Stream`.
 
-Batch b of an epoch is a fixed slice of the epoch's order, and a sample's augmentation is keyed by
-(seed, epoch, sample): so any number of worker processes gives the same batches, and continuing at a
-position needs no replay. Start at `Stream`.
+Worker processes decode; the order is drawn in the training process alone and handed to them, and a
+sample's augmentation is keyed by (seed, view, sample). So any number of workers gives the same
+batches, and continuing at a position needs no replay.
 
 Legend: B batch, H height, W width, T text tokens.
 """
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Generator, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import islice
+from pickle import UnpicklingError
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from clipserve.errors import ClipserveError, DataError, ImageError
+from clipserve.errors import ClipserveError, DataError, ImageError, SampleError
 from clipserve.images import ImageLimits, TrainTransform, decode_image
-from clipserve.shards import BadSample, ShardSet
+from clipserve.shards import BadSample, Sample
 from clipserve.sources import clean_captions
 from clipserve.text import Tokenizer
+from training.decoding import decode_crop
+from training.distributed import ALONE, World
+from training.mixture import Mixture
+from training.order import Draw, OrderSettings, Position, SampleOrder
+from training.signals import ignore_in_worker, without_interruption
+
+_SHARDS_AHEAD = 4
+_BATCHES_AHEAD_PER_WORKER = 4
 
 
 @dataclass(frozen=True)
 class Batch:
-    """`pixels` (B, 3, H, W) uint8 and `ids` (B, T) int64, cut to the longest caption."""
+    """This rank's part of a global batch: `pixels` (B, 3, H, W) uint8, `ids` (B, T) int64.
+
+    T is the length of the longest caption here. What failed is in `bad` and not in the tensors.
+    """
 
     pixels: Tensor
     ids: Tensor
@@ -40,81 +55,114 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Draw:
-    """Sample `sample` as seen in epoch `epoch`: together with the seed, all its randomness."""
+class SampleSettings:
+    """How a sample becomes pixels and a caption."""
 
-    epoch: int
-    sample: int
+    transform: TrainTransform
+    caption_fields: Mapping[str, float] | None = None
+    """JSON fields to draw the caption from, with their weights; None: the captions as packed"""
+    exact_decoding: bool = False
+    """Pillow's full decoding, as open_clip does it, in place of `decode_crop`"""
 
 
 class Stream:
-    """Training batches of a set of shards, from any position on, for ever.
+    """Training batches of a mixture of shards, from any position on, for ever.
 
-    An epoch has len(shards) // batch_size batches; which samples are left over differs from epoch
-    to epoch. Texts are cut to the batch's longest, rounded up to a multiple of `text_multiple`, or
-    fill the context if that is 0. DataError when there are fewer samples than a batch needs.
+    Texts are cut to the batch's longest, rounded up to a multiple of `text_multiple`, or fill the
+    context if that is 0. DataError when there are fewer samples than a batch needs.
     """
 
     def __init__(
         self,
-        shards: ShardSet,
-        transform: TrainTransform,
+        data: Mixture,
+        samples: SampleSettings,
         tokenizer: Tokenizer,
+        order: OrderSettings,
         *,
-        batch_size: int,
-        seed: int,
-        text_multiple: int,
+        text_multiple: int = 1,
+        world: World = ALONE,
     ) -> None:
-        if len(shards) < batch_size:
+        self.data, self.world = data, world
+        self.order = SampleOrder(data.datasets, order, data.text_bytes)
+        if not self.order.batches_per_epoch:
+            size = self.order.epoch_size
             raise DataError(
-                f"{shards.folder} holds {len(shards)} samples, fewer than data.batch_size"
-                f" {batch_size}; use {max(len(shards), 2)} or less"
+                f"{data.name} holds {size} samples an epoch, fewer than data.batch_size"
+                f" {order.batch_size}; use {max(size, 2)} or less, or data.last_batch = keep or pad"
             )
-        self.shards = shards
-        self.batch_size = batch_size
-        self.seed = seed
-        self._samples = _Samples(shards, transform, seed)
-        self._collate = _Collate(tokenizer, text_multiple)
+        self._samples = _Samples(data, samples, order.seed)
+        self._collate = _Collate(tokenizer, text_multiple, samples.transform.inference.size)
 
-    @property
-    def batches_per_epoch(self) -> int:
-        return len(self.shards) // self.batch_size
+    def batches(
+        self, start: Position, count: int, workers: int, pin: bool = False
+    ) -> Generator[Batch]:
+        """`count` batches from `start` on; the worker processes live as long as the iterator.
 
-    def order(self, epoch: int) -> np.ndarray:
-        """The samples of an epoch, in their order: a permutation drawn from (seed, epoch)."""
-        return np.random.default_rng((self.seed, epoch)).permutation(len(self.shards))
-
-    def batches(self, start: int, stop: int, workers: int, pin: bool = False) -> Iterator[Batch]:
-        """Batches number `start` to `stop` (exclusive), counted over all epochs."""
+        Raises DataError when a shard cannot be read at all or a worker is killed.
+        """
         loader = DataLoader(
             self._samples,
-            batch_sampler=_Batches(self, start, stop),
+            batch_sampler=_Batches(self, start, count),
             num_workers=workers,
             collate_fn=self._collate,
-            prefetch_factor=4 if workers else None,
+            prefetch_factor=_BATCHES_AHEAD_PER_WORKER if workers else None,
             pin_memory=pin,
-            # Its own: else starting the workers would draw from the generator that dropout uses,
-            # and a resumed run, which starts them again, would differ from an uninterrupted one.
+            worker_init_fn=ignore_in_worker,
+            # Its own: else starting the workers would draw from the generator that dropout uses.
             generator=torch.Generator(),
         )
-        for batch in loader:
+        iterator = without_interruption(loader)
+        while (batch := _next(iterator)) is not None:
             if batch.error is not None:
                 raise batch.error
             yield batch
 
 
+def _next(batches: Iterator[Batch]) -> Batch | None:
+    """The next batch, None at the end; DataError if the worker that made it has died."""
+    try:
+        return next(batches, None)
+    except (RuntimeError, EOFError, ConnectionError, UnpicklingError) as error:
+        # What a batch half handed over fails with depends on the moment of death.
+        if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error):
+            raise
+        raise DataError(
+            "a data worker was killed, perhaps for want of memory; lower data.workers or"
+            " data.batch_size"
+        ) from error
+
+
 class _Batches(Sampler[list[Draw]]):
-    def __init__(self, stream: Stream, start: int, stop: int) -> None:
-        self._stream, self._start, self._stop = stream, start, stop
+    """This rank's stripe of each global batch; remote shards are fetched ahead of their use."""
+
+    def __init__(self, stream: Stream, start: Position, count: int) -> None:
+        self._stream, self._start, self._count = stream, start, count
 
     def __iter__(self) -> Iterator[list[Draw]]:
-        size, per_epoch = self._stream.batch_size, self._stream.batches_per_epoch
-        order, of_epoch = np.empty(0), -1
-        for number in range(self._start, self._stop):
-            epoch, b = divmod(number, per_epoch)
-            if epoch != of_epoch:
-                order, of_epoch = self._stream.order(epoch), epoch
-            yield [Draw(epoch, int(i)) for i in order[b * size : (b + 1) * size]]
+        stream = self._stream
+        whole = islice(stream.order.batches(self._start), self._count)
+        own = (batch[stream.world.stripe(len(batch))] for batch in whole)
+        return _fetching_ahead(stream.data, own) if stream.data.is_remote else own
+
+
+def _fetching_ahead(data: Mixture, batches: Iterator[list[Draw]]) -> Iterator[list[Draw]]:
+    """The same batches, looked at so far ahead that the next few shards are on their way.
+
+    A shard that cannot be fetched is no error here: the worker that needs it will say so.
+    """
+    ahead: deque[tuple[list[Draw], list[Future[None]]]] = deque()
+    recent: deque[int] = deque(maxlen=_SHARDS_AHEAD * 64)
+    with ThreadPoolExecutor(_SHARDS_AHEAD, "fetch") as pool:
+        for batch in batches:
+            new = []
+            for shard in np.unique(data.shards_of(np.array([draw.sample for draw in batch]))):
+                if shard not in recent:
+                    recent.append(int(shard))
+                    new.append(pool.submit(data.fetch, int(shard)))
+            ahead.append((batch, new))
+            while len(ahead) > 1 and sum(len(pending) for _, pending in ahead) > _SHARDS_AHEAD:
+                yield ahead.popleft()[0]
+        yield from (batch for batch, _ in ahead)
 
 
 @dataclass(frozen=True)
@@ -125,44 +173,75 @@ class _Decoded:
 
 
 class _Samples(Dataset[_Decoded | BadSample | Exception]):
-    def __init__(self, shards: ShardSet, transform: TrainTransform, seed: int) -> None:
-        self._shards, self._transform, self._seed = shards, transform, seed
+    def __init__(self, data: Mixture, settings: SampleSettings, seed: int) -> None:
+        self._data, self._settings, self._seed = data, settings, seed
         self._limits = ImageLimits()
 
     def __getitem__(self, draw: Draw) -> _Decoded | BadSample | Exception:
         try:
-            sample = self._shards.read(draw.sample)
+            sample = self._data.read(draw.sample)
+        except SampleError as error:
+            return BadSample(*self._data.key(draw.sample), error.kind, str(error))
         except (ClipserveError, OSError) as error:
             return error  # raised from here, it would arrive with the worker's whole traceback
-        random = np.random.default_rng((self._seed, draw.epoch, draw.sample))
-        captions = clean_captions(sample.captions)
-        if not captions:
+        random = np.random.default_rng((self._seed, draw.view, draw.sample))
+        caption = _draw_caption(sample, self._settings.caption_fields, random)
+        if not caption:
             return BadSample(sample.shard, sample.key, "empty_caption", "the caption is empty")
-        caption = captions[int(random.integers(len(captions)))]
         try:
-            picture = decode_image(sample.image, self._limits)
+            pixels = self._decode(sample.image, random)
         except ImageError as error:
             return BadSample(sample.shard, sample.key, "bad_image", str(error))
-        return _Decoded(draw.sample, self._transform.resize(picture, random), caption)
+        return _Decoded(draw.sample, pixels, caption)
+
+    def _decode(self, image: bytes, random: np.random.Generator) -> np.ndarray:
+        transform = self._settings.transform
+        if self._settings.exact_decoding:
+            return transform.resize(decode_image(image, self._limits), random)
+        return decode_crop(image, transform, random, self._limits)
+
+
+def _draw_caption(
+    sample: Sample, fields: Mapping[str, float] | None, random: np.random.Generator
+) -> str:
+    """One of the sample's captions, or "" if it has none; of a field with several, any."""
+    captions = sample.captions
+    if fields is not None:
+        found = {name: _captions_in(sample, name) for name in fields}
+        present = [name for name, texts in found.items() if texts]
+        if not present:
+            return ""
+        weights = np.array([fields[name] for name in present])
+        captions = found[present[int(random.choice(len(present), p=weights / weights.sum()))]]
+    captions = clean_captions(captions)
+    return captions[int(random.integers(len(captions)))] if captions else ""
+
+
+def _captions_in(sample: Sample, name: str) -> tuple[str, ...]:
+    if name == "caption":
+        return clean_captions(sample.captions)
+    value = sample.metadata.get(name)
+    texts = value if isinstance(value, list) else [value]
+    return clean_captions(text for text in texts if isinstance(text, str))
 
 
 class _Collate:
-    def __init__(self, tokenizer: Tokenizer, text_multiple: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, text_multiple: int, size: tuple[int, int]) -> None:
         self._tokenizer, self._text_multiple = tokenizer, text_multiple
+        self._empty = np.empty((0, 3, *size), np.uint8)
 
     def __call__(self, items: list[_Decoded | BadSample | Exception]) -> Batch:
         good = [item for item in items if isinstance(item, _Decoded)]
-        bad = [item for item in items if isinstance(item, BadSample)]
         tokens = self._tokenizer([item.caption for item in good])
         ids = tokens.ids
         if self._text_multiple:
             ids = tokens.cut(self._text_multiple).contiguous()
-        pixels = np.stack([item.pixels for item in good]) if good else np.empty((0, 3, 0, 0))
+        pixels = np.stack([item.pixels for item in good]) if good else self._empty
         return Batch(
             torch.from_numpy(pixels),
             ids,
             [item.sample for item in good],
             sum(tokens.truncated),
-            bad,
+            [item for item in items if isinstance(item, BadSample)],
             next((item for item in items if isinstance(item, Exception)), None),
         )

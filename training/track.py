@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import time
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -14,6 +15,7 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from clipserve.files import write_atomic
 from clipserve.shards import BadSample
 
 logger = logging.getLogger(__name__)
@@ -22,16 +24,25 @@ logger = logging.getLogger(__name__)
 class Tracker:
     """Appends to the run directory; close it, or use it as a context manager.
 
-    Resuming at `start_step` drops the lines that a killed run wrote beyond its checkpoint.
+    Resuming at `start_step` drops the lines that a killed run wrote beyond its checkpoint. Without
+    a console, in a process that is not the main one, only bad samples are written.
     """
 
-    def __init__(self, out: Path, start_step: int, total_steps: int, console: Console) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+    def __init__(
+        self, out: Path, start_step: int, total_steps: int, console: Console | None
+    ) -> None:
+        self._is_main = console is not None
+        console = console or Console(quiet=True)
+        if self._is_main:
+            from torch.utils.tensorboard import SummaryWriter
 
-        _drop_lines_after(out / "metrics.jsonl", start_step)
-        self._metrics = (out / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
+            for name in ("metrics.jsonl", "bad_samples.jsonl"):
+                _drop_lines_after(out / name, start_step)
+            self._metrics = (out / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
+            self._board = SummaryWriter(str(out / "tensorboard"), purge_step=start_step + 1)
         self._bad = (out / "bad_samples.jsonl").open("a", encoding="utf-8", buffering=1)
-        self._board = SummaryWriter(str(out / "tensorboard"), purge_step=start_step + 1)
+        self._warned: set[tuple[str, str]] = set()
+        self._warned_of_truncation = False
         self._total = total_steps
         self._start_step, self._started = start_step, time.monotonic()
         self._console = console
@@ -61,9 +72,10 @@ class Tracker:
         traceback: TracebackType | None,
     ) -> None:
         self._progress.stop()
-        self._board.close()
-        self._metrics.close()
         self._bad.close()
+        if self._is_main:
+            self._board.close()
+            self._metrics.close()
 
     def advance(self, step: int) -> None:
         """Move the bar to `step`."""
@@ -71,6 +83,9 @@ class Tracker:
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         """One line of metrics.jsonl, the same to TensorBoard, and the person's line."""
+        if not self._is_main:
+            return
+        self._warn_of_truncation(values.get("truncated_fraction", 0.0))
         self._metrics.write(json.dumps({"step": step, **values}, allow_nan=True) + "\n")
         for key, value in values.items():
             if isinstance(value, int | float):
@@ -81,11 +96,21 @@ class Tracker:
             eta = "" if self._console.is_terminal else f"  ETA {self._eta(step)}"
             self._console.print(f"step {step}/{self._total}  {text}{eta}", highlight=False)
 
-    def bad_sample(self, bad: BadSample) -> None:
-        """One line of bad_samples.jsonl."""
-        line = {"shard": bad.shard, "key": bad.key, "kind": bad.kind, "reason": bad.reason}
-        self._bad.write(json.dumps(line) + "\n")
-        logger.warning("bad sample %s:%s: %s", bad.shard, bad.key, bad.reason)
+    def bad_sample(self, step: int, bad: BadSample) -> None:
+        """One line of bad_samples.jsonl; a warning the first time that sample is seen."""
+        self._bad.write(json.dumps({"step": step, **asdict(bad)}) + "\n")
+        if (bad.shard, bad.key) not in self._warned:
+            self._warned.add((bad.shard, bad.key))
+            logger.warning("bad sample %s:%s: %s", bad.shard, bad.key, bad.reason)
+
+    def _warn_of_truncation(self, fraction: float) -> None:
+        if fraction > 0 and not self._warned_of_truncation:
+            self._warned_of_truncation = True
+            logger.warning(
+                "%.1f%% of the captions are longer than the text context and were cut;"
+                " metrics.jsonl has truncated_fraction",
+                100 * fraction,
+            )
 
     def _eta(self, step: int) -> str:
         done = step - self._start_step
@@ -124,6 +149,4 @@ def _drop_lines_after(file: Path, step: int) -> None:
                 kept.append(line)
         except (ValueError, KeyError):
             continue  # the last line of a killed process may be half written
-    from clipserve.files import write_atomic
-
     write_atomic(file, "".join(f"{line}\n" for line in kept))

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from clipserve.embed import batched, embed_pixels, embed_texts
-from clipserve.errors import DataError, ImageError
+from clipserve.errors import DataError, ImageError, SampleError
 from clipserve.images import decode_image
 from clipserve.metrics import retrieval
 from clipserve.model import Model
@@ -32,7 +32,7 @@ def embed_shards(
             text_of += [row] * len(texts)
             row += 1
     if not captions:
-        raise DataError(f"{shards.folder} holds no captioned pictures to evaluate on")
+        raise DataError(f"{shards.location} holds no captioned pictures to evaluate on")
     return np.concatenate(images), embed_texts(model, captions), captions, np.array(text_of)
 
 
@@ -44,10 +44,10 @@ def evaluate_retrieval(model: Model, shards: ShardSet, prefix: str = "") -> dict
 
 def _pixels(model: Model, shards: ShardSet) -> Iterator[tuple[np.ndarray, list[str]]]:
     for i in range(len(shards)):
-        sample = shards.read(i)
         try:
+            sample = shards.read(i)
             picture = decode_image(sample.image)
-        except ImageError as error:
-            logger.warning("left out of the evaluation: %s:%s: %s", sample.shard, sample.key, error)
+        except (ImageError, SampleError) as error:
+            logger.warning("left out of the evaluation: %s: %s", ":".join(shards.key(i)), error)
             continue
         yield model.transform.resize(picture), list(clean_captions(sample.captions))

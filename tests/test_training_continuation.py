@@ -1,0 +1,181 @@
+"""Killed runs, resumed runs, runs of several processes: all see what one uninterrupted run sees."""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_training_loop import SMALL
+
+from clipserve.checkpoint import verify
+from clipserve.shards import ShardSet
+from training.shards import PackOptions, pack
+
+STEPS = 17
+SCRIPT = Path(__file__).with_name("traced.py")
+Steps = dict[int, dict[str, Any]]
+
+
+@pytest.fixture
+def shards(captioned: Any, tmp_path: Path) -> Path:
+    """Seven shards of five samples, the last of three."""
+    pack(captioned(33), tmp_path / "shards", PackOptions(samples_per_shard=5))
+    return tmp_path / "shards"
+
+
+def command(shards: Path, out: Path, signals: str, more: Sequence[str]) -> list[str]:
+    settings = [f"out={out}", f"data.train={shards}", f"train.steps={STEPS}", *SMALL, *more]
+    return [sys.executable, str(SCRIPT), str(out) + ".trace", signals, *settings]
+
+
+def start(
+    shards: Path, out: Path, signals: str = "", more: Sequence[str] = (), rank: int = 0, **env: str
+) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command(shards, out, signals, more),
+        cwd=SCRIPT.parent.parent,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ".", "RANK": str(rank), **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], code: int = 0) -> str:
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == code, errors
+    return errors
+
+
+def run(*args: Any, code: int = 0, **kwargs: Any) -> str:
+    return finish(start(*args, **kwargs), code)
+
+
+def run_ranks(shards: Path, out: Path, size: int, more: Sequence[str] = ()) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    env = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [start(shards, out, more=more, rank=rank, **env) for rank in range(size)]
+    for process in ranks:
+        finish(process)
+
+
+def read_trace(out: Path, ranks: int = 1) -> Steps:
+    """Step -> keys, pixels and loss of the global batch; a step done twice must be done equally."""
+    seen: dict[tuple[int, int], dict[str, Any]] = {}
+    for text in Path(f"{out}.trace").read_text().splitlines():
+        line = json.loads(text)
+        place = (line["step"], line.pop("rank"))
+        assert seen.setdefault(place, line) == line
+    steps: Steps = {}
+    for step, rank in sorted(seen):
+        line = seen[step, rank]
+        whole = steps.setdefault(step, {"keys": [], "pixels": [], "loss": line["loss"]})
+        assert whole["loss"] == line["loss"]  # every rank has the global one
+        whole["keys"] += line["keys"]
+        whole["pixels"] += line["pixels"]
+    assert len(seen) == ranks * len(steps)
+    return steps
+
+
+def logged_losses(out: Path) -> list[float]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    return [line["loss"] for line in lines]
+
+
+# Random layers and workers: what is hardest to continue.
+HARD = [
+    "data.workers=2",
+    "data.last_batch=keep",
+    "data.crop_scale=[0.5,1]",
+    "model.architecture.vision_cfg.patch_dropout=0.5",
+]
+
+
+def test_three_kills_change_no_sample_no_pixel_and_no_loss(shards: Path, tmp_path: Path) -> None:
+    run(shards, tmp_path / "whole", more=HARD)
+    at = sorted(random.Random(os.urandom(8)).sample(range(3, STEPS), 3))
+    every = [*HARD, "train.checkpoint_every_steps=2"]
+    kills = ",".join(f"SIGKILL:{step}" for step in at)
+    for _ in at:
+        run(shards, tmp_path / "killed", kills, every, code=-signal.SIGKILL)
+    run(shards, tmp_path / "killed", kills, every)
+    assert read_trace(tmp_path / "killed") == read_trace(tmp_path / "whole"), f"killed at {at}"
+    assert logged_losses(tmp_path / "killed") == logged_losses(tmp_path / "whole")
+    assert len(read_trace(tmp_path / "whole")) == STEPS
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_stop_signal_leaves_a_checkpoint_of_that_very_step(
+    shards: Path, tmp_path: Path, name: str
+) -> None:
+    number = signal.Signals[name]
+    out = tmp_path / "stopped"
+    errors = run(shards, out, f"{name}:6", HARD, code=128 + number)
+    assert f"stopped by {name} after step 6, which is saved" in errors
+    assert (out / "latest").resolve().name == "step-000000006"
+    verify(out / "latest")
+    run(shards, out, f"{name}:6", HARD)
+    run(shards, tmp_path / "whole", more=HARD)
+    assert read_trace(out) == read_trace(tmp_path / "whole")
+
+
+def test_sigusr1_saves_and_goes_on(shards: Path, tmp_path: Path) -> None:
+    run(shards, tmp_path / "run", "SIGUSR1:3", ["train.keep_checkpoints=99"])
+    names = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert "step-000000003" in names
+    assert f"step-{STEPS:09d}" in names
+
+
+def test_workers_and_ranks_see_the_same_global_batches(shards: Path, tmp_path: Path) -> None:
+    more = ["data.last_batch=keep", "data.crop_scale=[0.5,1]", still()]
+    run(shards, tmp_path / "alone", more=[*more, "data.workers=0"])
+    alone = read_trace(tmp_path / "alone")
+    for workers in (1, 2, 4):
+        out = tmp_path / f"workers-{workers}"
+        run(shards, out, more=[*more, f"data.workers={workers}"])
+        assert read_trace(out) == alone
+    run_ranks(shards, tmp_path / "two", 2, [*more, "data.workers=4"])
+    two = read_trace(tmp_path / "two", ranks=2)
+    check_same_but_for_rounding(two, alone)
+    # 7 shards, 4 workers, 2 ranks: an epoch is exactly one pass.
+    keys = ["/".join(ShardSet.open(shards).key(i)) for i in range(33)]
+    assert sorted(key for step in range(1, 6) for key in two[step]["keys"]) == sorted(keys)
+
+
+def test_a_run_begun_on_two_ranks_goes_on_on_one(shards: Path, tmp_path: Path) -> None:
+    more = ["data.last_batch=keep", still(), "data.workers=1", "optim.schedule=constant"]
+    run(shards, tmp_path / "alone", more=more)
+    run_ranks(shards, tmp_path / "elastic", 2, [*more, "train.steps=7"])  # in the second epoch
+    first = read_trace(tmp_path / "elastic", ranks=2)
+    assert sorted(first) == list(range(1, 8))
+    Path(f"{tmp_path / 'elastic'}.trace").unlink()
+    run(shards, tmp_path / "elastic", more=more)
+    rest = read_trace(tmp_path / "elastic")
+    assert sorted(rest) == list(range(8, STEPS + 1))
+    alone = read_trace(tmp_path / "alone")
+    check_same_but_for_rounding(first | rest, alone)
+    second_epoch = [key for step in range(6, 11) for key in (first | rest)[step]["keys"]]
+    assert len(second_epoch) == len(set(second_epoch)) == 33
+
+
+def still() -> str:
+    """Without random layers, whose draws belong to a rank."""
+    return "model.architecture.vision_cfg.patch_dropout=0"
+
+
+def check_same_but_for_rounding(one: Steps, other: Steps) -> None:
+    assert sorted(one) == sorted(other)
+    for step, seen in one.items():
+        assert seen["keys"] == other[step]["keys"]
+        assert seen["pixels"] == other[step]["pixels"]
+        loss, expected = float.fromhex(seen["loss"]), float.fromhex(other[step]["loss"])
+        assert loss == pytest.approx(expected, rel=1e-4), step

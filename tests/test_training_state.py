@@ -1,0 +1,91 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from clipserve import checkpoint
+from clipserve.errors import CheckpointError
+from clipserve.model import Model
+from training.order import Position
+from training.state import Counters, State, seed_step, verify_state
+
+ORDER = {"datasets": "abc", "batch_size": 4}
+
+
+def make_state(model: Model, **more: Any) -> State:
+    return State(model, torch.optim.AdamW(model.parameters()), ORDER, **more)
+
+
+def save(state: State, folder: Path) -> Path:
+    checkpoint.save(state.model, folder, name="m")
+    state.save(folder)
+    return folder
+
+
+class Queue(nn.Module):
+    """What an objective may remember: a parameter and a buffer."""
+
+    def __init__(self, fill: float) -> None:
+        super().__init__()
+        self.twin = nn.Parameter(torch.full((3,), fill))
+        self.register_buffer("rows", torch.full((2, 2), fill))
+
+
+def test_all_that_changes_comes_back(tiny_model: Model, architecture: Any, tmp_path: Path) -> None:
+    state = make_state(tiny_model, extras={"queue": Queue(1.5)})
+    for _ in range(2):
+        tiny_model.network.visual.proj.sum().backward()
+        state.optimizer.step()
+    state.position, state.counters = Position(3, 8), Counters(11, 44, 1, 0.5, 9.0)
+    folder = save(state, tmp_path / "c")
+    verify_state(folder)
+
+    torch.manual_seed(1)
+    from clipserve.model import create
+
+    other = make_state(create(architecture), extras={"queue": Queue(0.0)})
+    other.restore(folder)
+    assert (other.position, other.counters) == (Position(3, 8), Counters(11, 44, 1, 0.5, 9.0))
+    assert torch.equal(other.extras["queue"].rows, torch.full((2, 2), 1.5))
+    assert torch.equal(other.extras["queue"].twin, torch.full((3,), 1.5))
+    for name, value in tiny_model.network.state_dict().items():
+        assert torch.equal(value, other.model.network.state_dict()[name])
+    before, after = state.optimizer.state_dict()["state"], other.optimizer.state_dict()["state"]
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[i][k], after[i][k]) for i in before for k in before[i])
+
+
+def test_a_state_without_what_the_run_needs_is_refused(tiny_model: Model, tmp_path: Path) -> None:
+    folder = save(make_state(tiny_model), tmp_path / "c")
+    with pytest.raises(CheckpointError, match=r"lacks queue\.safetensors"):
+        make_state(tiny_model, extras={"queue": Queue(0.0)}).restore(folder)
+
+
+def test_another_order_is_refused_with_what_changed(tiny_model: Model, tmp_path: Path) -> None:
+    folder = save(make_state(tiny_model), tmp_path / "c")
+    for key, value, words in (
+        ("batch_size", 8, "batch_size changed .* from 4 to 8"),
+        ("datasets", "xyz", "the training shards or their weights changed"),
+        ("replacement", True, "replacement changed .* from None to True"),
+    ):
+        state = State(tiny_model, torch.optim.AdamW(tiny_model.parameters()), {**ORDER, key: value})
+        with pytest.raises(CheckpointError, match=words):
+            state.restore(folder)
+
+
+def test_a_newer_format_and_a_missing_state_say_so(tiny_model: Model, tmp_path: Path) -> None:
+    checkpoint.save(tiny_model, tmp_path / "bare", name="m")
+    with pytest.raises(CheckpointError, match="cannot be resumed from"):
+        make_state(tiny_model).restore(tmp_path / "bare")
+
+
+def test_a_steps_random_numbers_depend_on_seed_step_and_rank_alone() -> None:
+    def draw(*key: int) -> float:
+        seed_step(*key)
+        return torch.rand(()).item()
+
+    assert draw(0, 5, 0) == draw(0, 5, 0)
+    keys = [(0, 5, 0), (0, 6, 0), (1, 5, 0), (0, 5, 1), (5, 0, 0)]
+    assert len({draw(*key) for key in keys}) == len(keys)

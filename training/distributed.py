@@ -1,0 +1,141 @@
+"""The processes of a run (ranks), and the few things they tell each other.
+
+One process is a World of size 1, in which every operation is the identity: the loop is the same for
+one and for many. Start at `connect`.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from clipserve.errors import ConfigError, TrainingError
+
+# Others wait while rank 0 validates and saves. A process that dies is noticed at once, by its
+# closed connection.
+_PATIENCE = timedelta(hours=2)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among `size`, numbered from 0."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this one writes, prints and validates."""
+        return self.rank == 0
+
+    def stripe(self, count: int) -> slice:
+        """This rank's part of `count` things; the ranks' stripes in their order make the whole."""
+        return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+
+    def exchange(self, *values: int) -> np.ndarray:
+        """(size, len(values)) int64: what every rank gave."""
+        own = torch.tensor(values, dtype=torch.int64)
+        if self.size == 1:
+            return own[None].numpy()
+        everyone = [torch.empty_like(own) for _ in range(self.size)]
+        with _together():
+            dist.all_gather(everyone, own)
+        return torch.stack(everyone).numpy()
+
+    def gather(self, rows: Tensor, counts: list[int]) -> Tensor:
+        """All ranks' rows, (sum(counts), ...), in the order of ranks; own rows keep their gradient.
+
+        Where every rank computes the same loss from them, its gradient is then whole without
+        another message: `sum_gradients` adds what each rank's rows contributed.
+        """
+        if self.size == 1:
+            return rows
+        padded = rows.new_zeros(max(counts), *rows.shape[1:])
+        padded[: len(rows)] = rows.detach()
+        everyone = [torch.empty_like(padded) for _ in range(self.size)]
+        with _together():
+            dist.all_gather(everyone, padded)
+        parts = [part[:count] for part, count in zip(everyone, counts, strict=True)]
+        parts[self.rank] = rows
+        return torch.cat(parts)
+
+    def share(self, value: Tensor) -> Tensor:
+        """A parameter that every rank's copy of the loss uses: each rank gives 1/size of its
+        gradient, so that the sum over ranks is right."""
+        if self.size == 1:
+            return value
+        return value.detach() + (value - value.detach()) / self.size
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Add up the gradients of all ranks; one without a gradient counts as zero."""
+        if self.size == 1:
+            return
+        trained = [p for p in parameters if p.requires_grad]
+        for parameter in trained:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [p.grad for p in trained if p.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        with _together():
+            dist.all_reduce(flat)
+        done = 0
+        for gradient in gradients:
+            gradient.copy_(flat[done : done + gradient.numel()].view_as(gradient))
+            done += gradient.numel()
+
+    def same_weights(self, network: nn.Module) -> None:
+        """Overwrite parameters and buffers with those of rank 0."""
+        if self.size > 1:
+            with _together():
+                for tensor in network.state_dict().values():
+                    dist.broadcast(tensor, src=0)
+
+    @contextlib.contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Rank 0 goes through the block alone, then the others: what it writes, they find."""
+        if not self.is_main:
+            self.exchange(0)
+        yield
+        if self.is_main:
+            self.exchange(0)
+
+
+ALONE = World()
+
+
+@contextlib.contextmanager
+def _together() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        first = str(error).strip().splitlines()[0]
+        raise TrainingError(
+            f"another process of this run is gone; its own message says why ({first})"
+        ) from None
+
+
+@contextlib.contextmanager
+def connect() -> Iterator[World]:
+    """The World that torchrun's environment variables describe; alone without them.
+
+    Raises ConfigError when the other processes cannot be reached.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield ALONE
+        return
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    try:
+        dist.init_process_group(backend, timeout=_PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ConfigError(f"the other processes of this run cannot be reached: {first}") from None
+    try:
+        yield World(dist.get_rank(), dist.get_world_size())
+    finally:
+        dist.destroy_process_group()

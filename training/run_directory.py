@@ -1,0 +1,86 @@
+"""The run directory: who may write it, which checkpoint to continue from, which ones to keep.
+
+    checkpoints/step-000000130/    a model directory, with state/ for resuming
+    latest, best                   links to two of them
+
+Start at `RunDirectory`.
+"""
+
+import contextlib
+import fcntl
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clipserve import checkpoint
+from clipserve.errors import CheckpointError, ConfigError
+from clipserve.files import link_atomic, new_directory
+from training.state import State
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """`path` is `config.out`; the newest `keep` checkpoints stay, and those that are linked."""
+
+    path: Path
+    keep: int
+
+    @property
+    def best(self) -> Path:
+        """The link to the best model, or to the latest if none was scored."""
+        best = self.path / "best"
+        return best if best.exists() else self.path / "latest"
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """One run at a time writes into a directory; a killed one leaves no lock behind."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(
+                    f"another process is training into {self.path}; choose another `out`"
+                ) from None
+            for unfinished in (self.path / "checkpoints").glob(".*.tmp"):  # of a killed process
+                shutil.rmtree(unfinished)
+            yield
+
+    def find_start(self, resume: str) -> Path | None:
+        """The checkpoint that `--resume` means, None for a fresh start."""
+        latest = self.path / "latest"
+        if latest.is_symlink() and not latest.exists() and resume in ("auto", "no"):
+            raise CheckpointError(
+                f"{latest} leads nowhere; name the checkpoint to continue from with --resume DIR"
+            )
+        if resume == "no":
+            if latest.exists():
+                raise ConfigError(
+                    f"{self.path} already holds a run; choose another `out`, or continue with"
+                    " --resume auto"
+                )
+            return None
+        if resume == "auto":
+            return latest.resolve() if latest.exists() else None
+        if not checkpoint.is_model_directory(resume):
+            raise CheckpointError(f"--resume {resume}: not a checkpoint directory")
+        return Path(resume)
+
+    def save(self, state: State, description: dict[str, Any], is_best: bool) -> None:
+        """Write checkpoints/step-N, then move `best` and `latest`, then drop old ones.
+
+        `description` are the arguments that say of the model how it was trained.
+        """
+        name = f"step-{state.counters.step:09d}"
+        with new_directory(self.path / "checkpoints" / name) as folder:
+            checkpoint.write_into(folder, state.model, name=self.path.resolve().name, **description)
+            state.save(folder)
+        if is_best:  # first: what `latest` says was best must be linked
+            link_atomic(self.path / "best", f"checkpoints/{name}")
+        link_atomic(self.path / "latest", f"checkpoints/{name}")
+        linked = {(self.path / link).resolve() for link in ("latest", "best")}
+        for folder in sorted((self.path / "checkpoints").glob("step-*"))[: -self.keep]:
+            if folder.resolve() not in linked:
+                shutil.rmtree(folder)

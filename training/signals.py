@@ -1,0 +1,100 @@
+"""SIGTERM and SIGINT end a run after the step in hand, with a checkpoint; SIGUSR1 just saves."""
+
+import contextlib
+import enum
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+_STOPPING = (signal.SIGTERM, signal.SIGINT)
+
+
+class Wish(enum.IntFlag):
+    """What is wanted of the loop before its next step."""
+
+    NOTHING = 0
+    SAVE = 1
+    STOP = 2
+
+
+class Signals:
+    """What was asked for by signals since the last `take`."""
+
+    def __init__(self) -> None:
+        self.stopped_by: signal.Signals | None = None
+        self._wishes = Wish.NOTHING
+
+    def take(self) -> Wish:
+        """The wishes so far, which are then forgotten; a stop is not."""
+        wishes = self._wishes
+        self._wishes &= Wish.STOP
+        return wishes
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if number not in _STOPPING:
+            self._wishes |= Wish.SAVE
+            return
+        if self.stopped_by is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt  # Ctrl-C a second time: at once
+        self.stopped_by = signal.Signals(number)
+        self._wishes |= Wish.STOP
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[Signals]:
+    """Listen while the block runs; in a thread other than the main one, hear nothing."""
+    signals = Signals()
+    if threading.current_thread() is not threading.main_thread():
+        yield signals
+        return
+    numbers = (*_STOPPING, signal.SIGUSR1)
+    before = {number: signal.signal(number, signals._on_signal) for number in numbers}
+    try:
+        yield signals
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def ignore_in_worker(worker: int) -> None:
+    """Leave a data worker to its parent: a scheduler and Ctrl-C signal the whole process group."""
+    for number in (*_STOPPING, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def without_interruption(loader: DataLoader[Any]) -> Iterator[Any]:
+    """The loader's batches; that a worker died is told where a batch is taken, and nowhere else.
+
+    torch's handler raises in whatever the main thread does just then: a step half done, after which
+    nothing could be saved. Without it a batch cut short by the death would be waited for for ever.
+    """
+    iterator = iter(loader)
+    tell = signal.getsignal(signal.SIGCHLD)
+    if threading.current_thread() is not threading.main_thread() or not callable(tell):
+        yield from iterator
+        return
+    is_waiting = died = False
+
+    def on_death(number: int, frame: FrameType | None) -> None:
+        nonlocal died
+        died = True
+        if is_waiting:
+            tell(number, frame)
+
+    signal.signal(signal.SIGCHLD, on_death)
+    try:
+        while True:
+            is_waiting = True
+            if died:
+                tell(signal.SIGCHLD, None)
+            batch = next(iterator, None)
+            is_waiting = died = False
+            if batch is None:
+                return
+            yield batch
+    finally:
+        signal.signal(signal.SIGCHLD, tell)
