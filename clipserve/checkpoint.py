@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from clipserve import __version__
 from clipserve.errors import CheckpointError, ConfigError
-from clipserve.files import new_directory, sha256
+from clipserve.files import new_directory, save_tensors, sha256
 from clipserve.images import ImageTransform
 from clipserve.model import Model, ModelInfo, assemble
 from clipserve.text import Tokenizer
@@ -70,10 +70,7 @@ def write_into(
     data_fingerprint: str | None = None,
 ) -> str:
     """Write the files of a model directory into an empty folder that the caller makes durable."""
-    from safetensors.torch import save_file
-
-    tensors = {key: value.contiguous().cpu() for key, value in model.network.state_dict().items()}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    save_tensors(model.network.state_dict(), folder / WEIGHTS, metadata={"format": "pt"})
     transform = model.transform.to_open_clip()
     config = {"model_cfg": model.architecture, "preprocess_cfg": transform}
     (folder / OPEN_CLIP_CONFIG).write_text(_canonical(config))

@@ -253,9 +253,9 @@ def train(
 
     result = run(settings, resume)
     if result.stopped_by is not None:
+        saved = f"after step {result.step}, which is saved" if result.step else "before any step"
         fail(
-            f"stopped by {result.stopped_by.name} after step {result.step}, which is saved;"
-            " the same command goes on from there",
+            f"stopped by {result.stopped_by.name} {saved}; the same command goes on from there",
             code=128 + result.stopped_by,
         )
     rates = "  ".join(
@@ -563,4 +563,6 @@ def _read_labels(labels: str) -> list[str]:
 
 def _setup_logging() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    logging.getLogger("faiss.loader").setLevel(logging.WARNING)
+    # The latter log whole addresses, signatures and all.
+    for name in ("faiss.loader", "httpx", "httpcore", "fsspec", "aiohttp", "botocore"):
+        logging.getLogger(name).setLevel(logging.WARNING)

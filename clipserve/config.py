@@ -17,6 +17,7 @@ from pydantic_core import ErrorDetails
 from clipserve.errors import ConfigError
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
+Weight = Annotated[float, Field(gt=0)]
 
 
 class _Section(BaseModel):
@@ -39,9 +40,9 @@ class ModelConfig(_Section):
 class TrainData(_Section):
     """One of the sets to train on."""
 
-    path: str
+    path: Annotated[str, Field(min_length=1)]
     """shards (folder, .tar, `{000..099}.tar`, https, s3, gs, `pipe:`), or a source to pack"""
-    weight: Annotated[float, Field(gt=0)] = 1.0
+    weight: Weight = 1.0
     """passes over it in one epoch: 2 shows each sample twice, 0.5 every other epoch"""
 
 
@@ -66,7 +67,7 @@ class DataConfig(_Section):
     """of a source: the column with the caption"""
     caption_template: str | None = None
     """of a source: a caption made of columns, "{title}, {colour}" """
-    caption_fields: dict[str, Annotated[float, Field(gt=0)]] | None = None
+    caption_fields: Annotated[dict[str, Weight], Field(min_length=1)] | None = None
     """of shards: JSON fields to draw the caption from, with weights; `caption` is the packed one"""
     batch_size: Annotated[int, Field(ge=2)] = 256
     """pairs in one optimizer step, over all processes"""
@@ -115,7 +116,7 @@ class ObjectiveConfig(_Section):
 
     name: Literal["contrastive"]
     """contrastive: symmetric image-text InfoNCE over the global batch (CLIP)"""
-    weight: Annotated[float, Field(gt=0)] = 1.0
+    weight: Weight = 1.0
     """factor of this term in the sum"""
 
 

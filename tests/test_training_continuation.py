@@ -30,13 +30,18 @@ def shards(captioned: Any, tmp_path: Path) -> Path:
     return tmp_path / "shards"
 
 
-def command(shards: Path, out: Path, signals: str, more: Sequence[str]) -> list[str]:
+def command(shards: Path | str, out: Path, signals: str, more: Sequence[str]) -> list[str]:
     settings = [f"out={out}", f"data.train={shards}", f"train.steps={STEPS}", *SMALL, *more]
     return [sys.executable, str(SCRIPT), str(out) + ".trace", signals, *settings]
 
 
 def start(
-    shards: Path, out: Path, signals: str = "", more: Sequence[str] = (), rank: int = 0, **env: str
+    shards: Path | str,
+    out: Path,
+    signals: str = "",
+    more: Sequence[str] = (),
+    rank: int = 0,
+    **env: str,
 ) -> subprocess.Popen[str]:
     return subprocess.Popen(
         command(shards, out, signals, more),
@@ -58,12 +63,25 @@ def run(*args: Any, code: int = 0, **kwargs: Any) -> str:
     return finish(start(*args, **kwargs), code)
 
 
-def run_ranks(shards: Path, out: Path, size: int, more: Sequence[str] = ()) -> None:
+def start_ranks(
+    shards: Path,
+    out: Path,
+    signals: Sequence[str],
+    more: Sequence[str] = (),
+    outs: Sequence[Path | None] = (),
+) -> list[subprocess.Popen[str]]:
+    """One process for each of `signals`, each into `out` or its own of `outs`."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
-    env = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    ranks = [start(shards, out, more=more, rank=rank, **env) for rank in range(size)]
-    for process in ranks:
+    env = {"WORLD_SIZE": str(len(signals)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [
+        start(shards, (outs and outs[rank]) or out, wanted, more, rank, **env)
+        for rank, wanted in enumerate(signals)
+    ]
+
+
+def run_ranks(shards: Path, out: Path, size: int, more: Sequence[str] = ()) -> None:
+    for process in start_ranks(shards, out, [""] * size, more):
         finish(process)
 
 
@@ -165,6 +183,37 @@ def test_a_run_begun_on_two_ranks_goes_on_on_one(shards: Path, tmp_path: Path) -
     check_same_but_for_rounding(first | rest, alone)
     second_epoch = [key for step in range(6, 11) for key in (first | rest)[step]["keys"]]
     assert len(second_epoch) == len(set(second_epoch)) == 33
+
+
+def test_a_signal_to_one_rank_stops_and_saves_all(shards: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    ranks = start_ranks(shards, out, ["", "SIGTERM:4"])
+    for process in ranks:
+        assert "stopped by SIGTERM after step 4" in finish(process, 128 + signal.SIGTERM)
+    assert (out / "latest").resolve().name == "step-000000004"
+
+
+def test_a_rank_that_dies_leaves_the_others_a_checkpoint(shards: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    first, second = start_ranks(shards, out, ["", "SIGKILL:4"])
+    finish(second, -signal.SIGKILL)
+    errors = finish(first, 1)
+    assert "another process of this run is gone" in errors
+    assert "Traceback" not in errors
+    assert (out / "latest").resolve().name == "step-000000003"
+
+
+def test_ranks_that_find_different_checkpoints_are_stopped(shards: Path, tmp_path: Path) -> None:
+    run(shards, tmp_path / "a", more=["train.steps=2"])
+    first, second = start_ranks(shards, tmp_path / "a", ["", ""], outs=[None, tmp_path / "b"])
+    for process in (first, second):
+        assert "do not find the same checkpoint" in finish(process, 2)
+
+
+def test_three_ranks_share_a_table(captioned: Any, tmp_path: Path) -> None:
+    for process in start_ranks(captioned(30, "table"), tmp_path / "run", ["", "", ""]):
+        finish(process)
+    assert len(read_trace(tmp_path / "run", ranks=3)) == STEPS
 
 
 def still() -> str:

@@ -1,7 +1,7 @@
-import errno
 import fcntl
 import io
 import json
+import resource
 import shutil
 from pathlib import Path
 from typing import Any
@@ -312,21 +312,83 @@ def test_a_missing_shard_stops_the_run_with_a_checkpoint_of_its_last_step(
 def test_a_full_disk_leaves_the_checkpoint_before(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
     real = State.save
 
     def save(self: State, folder: Path) -> None:
-        if self.counters.step > 3:
-            raise OSError(errno.ENOSPC, "No space left on device", str(folder))
+        if self.counters.step > 3:  # no file may grow beyond this: as on a full disk, a write fails
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, before[1]))
         real(self, folder)
 
     monkeypatch.setattr(State, "save", save)
-    with pytest.raises(OSError, match="No space left"):
-        run(config(data, tmp_path / "run"))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            run(config(data, tmp_path / "run"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     monkeypatch.setattr(State, "save", real)
+    assert (tmp_path / "run" / "latest").resolve().name == "step-000000003"
     checkpoint.verify(tmp_path / "run" / "latest")
     run(config(data, tmp_path / "run"))
     run(config(data, tmp_path / "whole"))
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_going_back_leaves_the_other_course_aside(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    every = ("train.keep_checkpoints=9", "optim.schedule=constant")
+    run(config(data, out, *every))  # steps 3, 6 and 9
+    start = str(out / "checkpoints" / "step-000000003")
+    run(config(data, out, *every, "train.steps=5"), resume=start)
+    names = {path.name for path in (out / "checkpoints").iterdir()}
+    assert names == {
+        "step-000000003",
+        "step-000000005",
+        "left-step-000000006",
+        "left-step-000000009",
+    }
+    assert (out / "latest").resolve().name == "step-000000005"
+    assert (out / "best").resolve().name in ("step-000000003", "step-000000005")
+    assert list(losses(out)) == [1, 2, 3, 4, 5]
+    run(config(data, out, *every))  # a continuation follows the new course
+    assert list(losses(out)) == list(range(1, 10))
+    run(config(data, tmp_path / "other", *every))
+    with pytest.raises(ConfigError, match="holds a run of its own"):
+        run(config(data, tmp_path / "other", *every, "train.epochs=4"), resume=start)
+
+
+def test_a_refused_start_changes_nothing(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    run(config(data, out, "train.steps=2"))
+    before = {f.name: f.read_bytes() for f in out.iterdir() if f.is_file()}
+    with pytest.raises(CheckpointError, match="batch_size changed"):
+        run(config(data, out, "data.batch_size=4"))
+    with pytest.raises(ConfigError, match="already holds a run"):
+        run(config(data, out, "train.seed=7"), resume="no")
+    assert {f.name: f.read_bytes() for f in out.iterdir() if f.is_file()} == before
+
+
+def test_settings_that_mean_nothing_here_are_named(
+    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(config(data, tmp_path / "run", "train.steps=1", "data.image_column=x"))
+    assert "data.image_column is not used" in caplog.text
+    with pytest.raises(TooManyBadSamples, match=r"none of the 8 samples of step 1 .*any of colr"):
+        run(config(data, tmp_path / "b", "train.steps=1", "data.caption_fields={colr=1}"))
+
+
+def test_a_pack_killed_at_its_very_end_is_finished_by_training(
+    captioned: Any, tmp_path: Path
+) -> None:
+    table = captioned(30)
+    settings = [f"out={tmp_path / 'run'}", f"data.train={table}", "train.steps=1", *SMALL]
+    run(load_config(None, settings))
+    packed = tmp_path / "run" / "shards" / "train-0"
+    before = (packed / "manifest.json").read_text()
+    (packed.parent / "train-0.source.json").unlink()  # killed before it was written
+    run(load_config(None, [*settings, "train.steps=2"]))
+    assert (packed / "manifest.json").read_text() == before
+    assert (packed.parent / "train-0.source.json").exists()
 
 
 def test_minutes_ask_for_checkpoints_too(data: Path, tmp_path: Path) -> None:
@@ -405,7 +467,7 @@ def test_too_many_bad_samples_stop_the_run_with_a_checkpoint(data: Path, tmp_pat
 def test_bad_samples_are_counted_once_however_often_one_resumes(
     data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    more = ["data.max_bad_fraction=0.9", "train.checkpoint_every_steps=4"]
+    more = ["data.max_bad_fraction=0.9", "train.keep_checkpoints=9"]
     run(config(data, tmp_path / "run", *more))
     whole = bad_lines(tmp_path / "run")
     assert len(whole) == 36  # 12 of 24 in each of 3 epochs

@@ -81,6 +81,14 @@ def test_a_newer_format_and_a_missing_state_say_so(tiny_model: Model, tmp_path: 
         make_state(tiny_model).restore(tmp_path / "bare")
 
 
+@pytest.mark.parametrize("content", ["[]", '{"files": 3}', "{", ""])
+def test_a_state_that_is_none_is_refused(tiny_model: Model, tmp_path: Path, content: str) -> None:
+    folder = save(make_state(tiny_model), tmp_path / "c")
+    (folder / "state" / "state.json").write_text(content)
+    with pytest.raises(CheckpointError, match="cannot be resumed from"):
+        make_state(tiny_model).restore(folder)
+
+
 def test_a_steps_random_numbers_depend_on_seed_step_and_rank_alone() -> None:
     def draw(*key: int) -> float:
         seed_step(*key)

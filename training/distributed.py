@@ -5,10 +5,12 @@ one and for many. Start at `connect`.
 """
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from hashlib import sha256
 
 import numpy as np
 import torch
@@ -16,6 +18,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from clipserve.errors import ConfigError, TrainingError
+
+logger = logging.getLogger(__name__)
 
 # Others wait while rank 0 validates and saves. A process that dies is noticed at once, by its
 # closed connection.
@@ -96,6 +100,11 @@ class World:
                 for tensor in network.state_dict().values():
                     dist.broadcast(tensor, src=0)
 
+    def agrees(self, value: bytes) -> bool:
+        """Whether every rank gave the same."""
+        own = int.from_bytes(sha256(value).digest()[:7], "big")
+        return len(set(self.exchange(own)[:, 0].tolist())) == 1
+
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:
         """Rank 0 goes through the block alone, then the others: what it writes, they find."""
@@ -114,10 +123,9 @@ def _together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        first = str(error).strip().splitlines()[0]
         raise TrainingError(
-            f"another process of this run is gone; its own message says why ({first})"
-        ) from None
+            "another process of this run is gone; its own message says why"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -126,9 +134,13 @@ def connect() -> Iterator[World]:
 
     Raises ConfigError when the other processes cannot be reached.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    size = os.environ.get("WORLD_SIZE", "1")
+    if not size.isdigit():
+        raise ConfigError(f"WORLD_SIZE = {size!r} is no number; start the run with torchrun")
+    if int(size) <= 1:
         yield ALONE
         return
+    logger.info("waiting for the %s processes of this run", size)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     try:
         dist.init_process_group(backend, timeout=_PATIENCE)

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clipserve.config import Config, dump_toml
 from clipserve.embed import prepare as prepare_for_inference
-from clipserve.errors import ClipserveError, TooManyBadSamples, TrainingError
+from clipserve.errors import CheckpointError, ClipserveError, TooManyBadSamples, TrainingError
 from clipserve.files import write_atomic
 from clipserve.model import Model
 from training.data import open_data
@@ -28,7 +28,7 @@ from training.objectives.contrastive import contrastive_loss
 from training.optim import clamp_logit_scale, learning_rate
 from training.recipe import Run, prepare
 from training.run_directory import RunDirectory
-from training.signals import Signals, Wish, listening
+from training.signals import Signals, StopWaiting, Wish, listening
 from training.state import seed_step
 from training.streaming import Batch
 from training.track import Tracker
@@ -62,25 +62,38 @@ def train(config: Config, resume: str = "auto", console: Console | None = None) 
     """
     directory = RunDirectory(Path(config.out), config.train.keep_checkpoints)
     with connect() as world, contextlib.ExitStack() as stack:
-        signals = stack.enter_context(listening())
         with world.main_first():
-            data = open_data(config, directory)
+            data = open_data(config, directory, world.is_main)
         run = prepare(config, data, world)
+        if world.is_main:
+            stack.enter_context(directory.lock())
+        with world.main_first():
+            _continue(run, directory, resume)
         with world.main_first():
             if world.is_main:
-                stack.enter_context(directory.lock())
                 write_atomic(directory.path / "config.toml", dump_toml(config))
-        start = directory.find_start(resume)
-        if start is not None:
-            run.state.restore(start)
-            if world.is_main:
-                logger.info("continuing from %s at step %d", start, run.state.counters.step)
-        step = run.state.counters.step
-        with world.main_first():
             screen = (console or Console()) if world.is_main else None
-            tracker = Tracker(directory.path, step, run.total_steps, screen)
-        with tracker:
-            return _loop(run, directory, tracker, signals)
+            step = run.state.counters.step
+            tracker = stack.enter_context(Tracker(directory.path, step, run.total_steps, screen))
+        if not world.agrees(repr((run.state.position, run.state.counters)).encode()):
+            raise CheckpointError(
+                f"the processes of this run do not find the same checkpoint in {directory.path};"
+                " give them one `out`, on a disk that all share"
+            )
+        signals = stack.enter_context(listening())
+        return _loop(run, directory, tracker, signals)
+
+
+def _continue(run: Run, directory: RunDirectory, resume: str) -> None:
+    """Take over the checkpoint that `resume` means, if there is one."""
+    start = directory.find_start(resume)
+    if start is None:
+        return
+    run.state.restore(start)
+    if run.world.is_main:
+        if resume != "auto":
+            directory.go_back_to(start, run.state)
+        logger.info("continuing from %s at step %d", start, run.state.counters.step)
 
 
 def _loop(run: Run, directory: RunDirectory, tracker: Tracker, signals: Signals) -> TrainResult:
@@ -91,11 +104,13 @@ def _loop(run: Run, directory: RunDirectory, tracker: Tracker, signals: Signals)
     losses: dict[str, Tensor] = {}
     base_seconds, clock = counters.seconds, _Clock()
     last_save, saved_step = time.monotonic(), counters.step
+    stopped_by: signal.Signals | None = None
 
     def save(is_scored: bool = False) -> None:
         nonlocal last_save, saved_step
-        if losses:
-            _check_finite(losses, counters.step, directory)
+        if counters.step == saved_step:
+            return
+        _check_finite(losses, counters.step, directory)
         if world.is_main:
             _save(run, directory, metrics if is_scored else {})
         last_save, saved_step = time.monotonic(), counters.step
@@ -110,35 +125,39 @@ def _loop(run: Run, directory: RunDirectory, tracker: Tracker, signals: Signals)
         while counters.step < run.total_steps:
             # ---- data
             before = time.monotonic()
-            batch, failure = _take(batches)
+            batch, failure = _take(batches, signals)
             clock.waited += time.monotonic() - before
-
-            # ---- agree: what every rank has, and what was asked for meanwhile
-            wish = signals.take() | _due(config, last_save)
-            found = world.exchange(_FAILED if failure else len(batch.samples), int(wish))
-            counts, wishes = found[:, 0].tolist(), Wish(int(np.bitwise_or.reduce(found[:, 1])))
             for bad in batch.bad:
                 tracker.bad_sample(counters.step + 1, bad)
-            failure = failure or _find_failure(run, counts)
-            if (wishes or failure) and counters.step > saved_step:
-                _save_despite(failure, save)
-            if failure:
-                raise failure
-            if Wish.STOP in wishes:
+
+            # ---- agree: what every rank has, and what was asked for meanwhile
+            turn = _agree(run, batch, failure, signals, _due(config, last_save))
+            if turn.failure is not None:
+                _save_despite(turn.failure, save)
+                raise turn.failure
+            if Wish.SAVE in turn.wishes or turn.stopped_by:
+                with clock.paused():
+                    save()
+            if turn.stopped_by:
+                stopped_by = turn.stopped_by
                 break
-            counters.samples += sum(counts)
-            counters.bad_samples += run.stream.order.size_at(state.position) - sum(counts)
 
             # ---- step
             lr = learning_rate(config.optim, counters.step, run.total_steps)
             for group in state.optimizer.param_groups:
                 group["lr"] = lr
             seed_step(config.train.seed, counters.step, world.rank)
-            losses = _step(run, forward, batch, counts)
+            try:
+                losses = _step(run, forward, batch, turn.counts)
+            except TrainingError as error:  # a rank is gone; no weight was changed yet
+                _save_despite(error, save)
+                raise
             clamp_logit_scale(state.model)
-            state.position = run.stream.order.advance(state.position)
             counters.step += 1
-            clock.count(sum(counts), batch)
+            counters.samples += sum(turn.counts)
+            counters.bad_samples += run.stream.order.size_at(state.position) - sum(turn.counts)
+            state.position = run.stream.order.advance(state.position)
+            clock.count(sum(turn.counts), batch)
             tracker.advance(counters.step)
             counters.seconds = base_seconds + clock.total
 
@@ -161,14 +180,13 @@ def _loop(run: Run, directory: RunDirectory, tracker: Tracker, signals: Signals)
             # ---- evaluate and save
             epoch_end = state.position.consumed == 0
             every = config.train.checkpoint_every_steps
-            if epoch_end or last:
-                with clock.paused():
+            with clock.paused():
+                if epoch_end or last:
                     if run.val is not None and world.is_main:
                         metrics = _evaluate(run)
                         tracker.log(counters.step, metrics)
                     save(is_scored=bool(metrics))
-            elif every is not None and counters.step % every == 0:
-                with clock.paused():
+                elif every is not None and counters.step % every == 0:
                     save()
 
     return TrainResult(
@@ -177,16 +195,49 @@ def _loop(run: Run, directory: RunDirectory, tracker: Tracker, signals: Signals)
         seconds=counters.seconds,
         samples_per_second=counters.samples / max(counters.seconds, 1e-9),
         metrics=metrics,
-        stopped_by=signals.stopped_by if counters.step < run.total_steps else None,
+        stopped_by=stopped_by,
     )
 
 
-def _take(batches: Iterator[Batch]) -> tuple[Batch, ClipserveError | OSError | None]:
-    """The next batch, or why there is none."""
+def _take(
+    batches: Iterator[Batch], signals: Signals
+) -> tuple[Batch, ClipserveError | OSError | None]:
+    """The next batch, an empty one if a signal came first, or why there is none."""
+    nothing = Batch(torch.empty(0), torch.empty(0), [], 0)
     try:
-        return next(batches), None
+        with signals.waiting():
+            return next(batches), None
+    except StopWaiting:
+        return nothing, None
     except (ClipserveError, OSError) as error:
-        return Batch(torch.empty(0), torch.empty(0), [], 0), error
+        return nothing, error
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """What the ranks agreed on before a step: each one's good samples, or what comes instead."""
+
+    counts: list[int]
+    wishes: Wish = Wish.NOTHING
+    stopped_by: signal.Signals | None = None
+    failure: Exception | None = None
+
+
+def _agree(run: Run, batch: Batch, failure: Exception | None, signals: Signals, due: Wish) -> _Turn:
+    wishes = signals.take() | due
+    stop = int(signals.stopped_by or 0) if Wish.STOP in wishes else 0
+    try:
+        found = run.world.exchange(_FAILED if failure else len(batch.samples), int(wishes), stop)
+    except TrainingError as error:
+        return _Turn([], failure=failure or error)
+    counts = found[:, 0].tolist()
+    if _FAILED in counts:
+        what = f"process {counts.index(_FAILED)} of this run failed; its own message says why"
+        return _Turn(counts, failure=failure or TrainingError(what))
+    if number := int(found[:, 2].max()):
+        return _Turn(counts, Wish.STOP, signal.Signals(number))
+    wishes = Wish(int(np.bitwise_or.reduce(found[:, 1])))
+    return _Turn(counts, wishes, failure=_find_too_many_bad(run, sum(counts), batch))
 
 
 def _due(config: Config, last_save: float) -> Wish:
@@ -196,14 +247,19 @@ def _due(config: Config, last_save: float) -> Wish:
     return Wish.SAVE if is_due else Wish.NOTHING
 
 
-def _find_failure(run: Run, counts: list[int]) -> ClipserveError | None:
-    """What must stop every rank: one of them failed, or too many samples were bad."""
-    if _FAILED in counts:
-        return TrainingError(f"process {counts.index(_FAILED)} of this run failed; see its message")
-    counters, good = run.state.counters, sum(counts)
-    bad = counters.bad_samples + run.stream.order.size_at(run.state.position) - good
-    seen = counters.samples + good + bad
-    allowed = run.config.data.max_bad_fraction if good else 0.0
+def _find_too_many_bad(run: Run, good: int, batch: Batch) -> ClipserveError | None:
+    """What is wrong with the batch that gave `good` samples, on all ranks together."""
+    counters = run.state.counters
+    size = run.stream.order.size_at(run.state.position)
+    if not good:
+        first = f"; the first: {batch.bad[0].reason}" if batch.bad else ""
+        return TooManyBadSamples(
+            f"none of the {size} samples of step {counters.step + 1} can be used{first}; see"
+            " bad_samples.jsonl"
+        )
+    bad = counters.bad_samples + size - good
+    seen = counters.samples + counters.bad_samples + size
+    allowed = run.config.data.max_bad_fraction
     if bad <= max(allowed * seen, _BAD_SAMPLES_ALWAYS_ALLOWED if allowed else 0):
         return None
     return TooManyBadSamples(
@@ -212,14 +268,12 @@ def _find_failure(run: Run, counts: list[int]) -> ClipserveError | None:
     )
 
 
-def _save_despite(failure: Exception | None, save: Callable[[], None]) -> None:
-    """Save; if that fails too, the first failure is still the one to tell."""
+def _save_despite(failure: Exception, save: Callable[[], None]) -> None:
+    """Save the steps done so far; if that fails too, the first failure is still the one to tell."""
     try:
         save()
-    except OSError as error:
-        if failure is None:
-            raise
-        failure.add_note(f"and no checkpoint could be written: {error.strerror}")
+    except (OSError, TrainingError) as error:
+        failure.add_note(f"and no checkpoint could be written: {error}")
 
 
 def _step(run: Run, forward: Forward, batch: Batch, counts: list[int]) -> dict[str, Tensor]:
@@ -312,7 +366,8 @@ def _check_finite(losses: dict[str, Tensor], step: int, directory: RunDirectory)
     if not math.isfinite(loss):
         raise TrainingError(
             f"the loss is {loss} at step {step}: training diverged; lower optim.lr or set"
-            f" optim.grad_clip; the last good checkpoint is {directory.path / 'latest'}"
+            f" optim.grad_clip, and go on from an earlier checkpoint in {directory.path} with"
+            " --resume DIR, or start anew"
         )
 
 
@@ -336,9 +391,10 @@ class _Clock:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Left out of the rates, not of the total."""
+        """Time that counts for nothing."""
         before = time.monotonic()
         yield
+        self._started += time.monotonic() - before
         self._lap += time.monotonic() - before
 
     def lap(self) -> dict[str, float]:

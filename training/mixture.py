@@ -60,9 +60,11 @@ class Mixture:
         return self.parts[part].shards.read(own)
 
     def key(self, sample: int) -> tuple[str, str]:
-        """(shard, key) of a sample, without reading it."""
+        """(shard, key) of a sample, without reading it; of several sets the shard with its set."""
         part, own = self._locate(sample)
-        return self.parts[part].shards.key(own)
+        shards = self.parts[part].shards
+        shard, key = shards.key(own)
+        return (shard if len(self.parts) == 1 else f"{shards.location}/{shard}"), key
 
     def text_bytes(self, samples: np.ndarray) -> np.ndarray:
         """Caption lengths in bytes, without reading the samples."""

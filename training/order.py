@@ -9,6 +9,7 @@ Every dataset is an endless sequence of passes, each pass a permutation of its o
 one pass, with 0.5 two epochs are, and nothing is favoured by chance.
 """
 
+import enum
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -17,7 +18,16 @@ from typing import Any, Literal
 import numpy as np
 
 TextBytes = Callable[[np.ndarray], np.ndarray]
-_PASSES, _MIXING, _BUCKETS = range(3)  # purposes of random numbers, which must not share any
+
+
+class Purpose(enum.IntEnum):
+    """Stands behind the seed wherever random numbers are drawn, so that no two uses share any."""
+
+    PASSES = 0
+    MIXING = 1
+    BUCKETS = 2
+    VIEW = 3
+    STEP = 4
 
 
 @dataclass(frozen=True)
@@ -124,7 +134,7 @@ class SampleOrder:
             return parts[0]
         # Which dataset each place belongs to; within one its own order stays.
         owner = np.repeat(np.arange(len(parts)), [len(samples) for samples, _ in parts])
-        self._random(_MIXING, epoch).shuffle(owner)
+        self._random(Purpose.MIXING, epoch).shuffle(owner)
         samples, views = np.empty(len(owner), np.int64), np.empty(len(owner), np.int64)
         for d, (own_samples, own_views) in enumerate(parts):
             samples[owner == d], views[owner == d] = own_samples, own_views
@@ -166,7 +176,7 @@ class SampleOrder:
 
     def _pass(self, d: int, number: int) -> np.ndarray:
         """A permutation; with `shuffle_shards` of few shards at a time, so that few are needed."""
-        random = self._random(_PASSES, d, number)
+        random = self._random(Purpose.PASSES, d, number)
         dataset, window = self.datasets[d], self.settings.shuffle_shards
         if window is None:
             return random.permutation(dataset.size)
@@ -176,7 +186,7 @@ class SampleOrder:
 
     def _resample(self, d: int, epoch: int, count: int) -> np.ndarray:
         """Draws with replacement; with `shuffle_shards` shards are drawn, then samples of them."""
-        random = self._random(_PASSES, d, epoch)
+        random = self._random(Purpose.PASSES, d, epoch)
         dataset, window = self.datasets[d], self.settings.shuffle_shards
         if window is None:
             return random.integers(dataset.size, size=count)
@@ -217,7 +227,7 @@ class SampleOrder:
             end = min(begin + self.settings.bucket_batches * size, whole)
             lengths = self._text_bytes(samples[begin:end])
             batches = begin + np.argsort(lengths, kind="stable").reshape(-1, size)
-            reordered += [*self._random(_BUCKETS, epoch, begin).permutation(batches)]
+            reordered += [*self._random(Purpose.BUCKETS, epoch, begin).permutation(batches)]
         return np.concatenate([*reordered, np.arange(whole, len(samples))])
 
     def _random(self, *purpose: int) -> np.random.Generator:

@@ -4,7 +4,6 @@ import logging
 import os
 import shutil
 from dataclasses import dataclass
-from hashlib import sha256
 
 import torch
 
@@ -17,14 +16,12 @@ from clipserve.metrics import RETRIEVAL_METRICS
 from clipserve.model import Model, create
 from clipserve.shards import ShardSet
 from clipserve.towers import architecture_config
-from training.data import Data
+from training.data import REMOTE_SHUFFLE_SHARDS, Data
 from training.distributed import World
 from training.optim import build_optimizer
 from training.order import OrderSettings
 from training.state import State
 from training.streaming import SampleSettings, Stream
-
-_REMOTE_SHUFFLE_SHARDS = 8
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +50,10 @@ def prepare(config: Config, data: Data, world: World) -> Run:
     world.same_weights(model.network)
     compile_towers = _use_compile(config, device)
     stream = _build_stream(config, data, model, world, compile_towers)
-    _check_agreement(stream, world)
+    if not world.agrees(repr(stream.order.identity).encode()):
+        raise DataError(
+            "the processes of this run see different shards or settings; give all the same"
+        )
     total_steps = config.train.steps or (
         (config.train.epochs or 0) * stream.order.batches_per_epoch
     )
@@ -76,7 +76,7 @@ def _build_stream(
     settings = config.data
     window = settings.shuffle_shards
     if window is None and data.train.is_remote:
-        window = _REMOTE_SHUFFLE_SHARDS
+        window = REMOTE_SHUFFLE_SHARDS
     transform = TrainTransform(model.transform, settings.crop_scale, settings.crop_ratio)
     return Stream(
         data.train,
@@ -103,15 +103,6 @@ def _device(config: Config, world: World) -> torch.device:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     return device
-
-
-def _check_agreement(stream: Stream, world: World) -> None:
-    """Every rank must draw from the same order, or the batches would be none."""
-    digest = sha256(repr(stream.order.identity).encode()).digest()
-    if len(set(world.exchange(int.from_bytes(digest[:7], "big"))[:, 0].tolist())) > 1:
-        raise DataError(
-            "the processes of this run see different shards or settings; give all the same"
-        )
 
 
 def build_model(config: Config) -> Model:

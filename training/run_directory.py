@@ -44,7 +44,7 @@ class RunDirectory:
                 raise ConfigError(
                     f"another process is training into {self.path}; choose another `out`"
                 ) from None
-            for unfinished in (self.path / "checkpoints").glob(".*.tmp"):  # of a killed process
+            for unfinished in (self.path / "checkpoints").glob(".step-*"):  # of a killed process
                 shutil.rmtree(unfinished)
             yield
 
@@ -67,6 +67,31 @@ class RunDirectory:
         if not checkpoint.is_model_directory(resume):
             raise CheckpointError(f"--resume {resume}: not a checkpoint directory")
         return Path(resume)
+
+    def go_back_to(self, start: Path, state: State) -> None:
+        """Continue from `start` from now on, also after a kill.
+
+        Later checkpoints belong to a course that was left: they are kept under other names.
+        Raises ConfigError if the run here is another than that of `start`.
+        """
+        if not (self.path / "latest").is_symlink():
+            return  # a new run that starts from another's checkpoint
+        checkpoints = (self.path / "checkpoints").resolve()
+        if start.resolve().parent != checkpoints:
+            raise ConfigError(
+                f"{self.path} holds a run of its own, which {start} is no part of; choose another"
+                " `out`"
+            )
+        link_atomic(self.path / "latest", f"checkpoints/{start.resolve().name}")
+        best = (self.path / "best").resolve().name
+        for folder in sorted(checkpoints.glob("step-*")):
+            if folder.name > start.resolve().name:
+                left = folder.with_name(f"left-{folder.name}")
+                shutil.rmtree(left, ignore_errors=True)
+                folder.rename(left)
+        if best > start.resolve().name:
+            (self.path / "best").unlink(missing_ok=True)
+            state.counters.best = None
 
     def save(self, state: State, description: dict[str, Any], is_best: bool) -> None:
         """Write checkpoints/step-N, then move `best` and `latest`, then drop old ones.

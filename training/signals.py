@@ -1,7 +1,9 @@
 """SIGTERM and SIGINT end a run after the step in hand, with a checkpoint; SIGUSR1 just saves."""
 
 import contextlib
+import ctypes
 import enum
+import multiprocessing
 import signal
 import threading
 from collections.abc import Iterator
@@ -11,6 +13,11 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 _STOPPING = (signal.SIGTERM, signal.SIGINT)
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+class StopWaiting(BaseException):
+    """Raised by a stopping signal out of a wait for data, which might be long."""
 
 
 class Wish(enum.IntFlag):
@@ -26,22 +33,35 @@ class Signals:
 
     def __init__(self) -> None:
         self.stopped_by: signal.Signals | None = None
-        self._wishes = Wish.NOTHING
+        self._wants_save = False
+        self._is_waiting = False
 
     def take(self) -> Wish:
         """The wishes so far, which are then forgotten; a stop is not."""
-        wishes = self._wishes
-        self._wishes &= Wish.STOP
-        return wishes
+        wishes = Wish.SAVE if self._wants_save else Wish.NOTHING
+        self._wants_save = False
+        return wishes | (Wish.STOP if self.stopped_by else Wish.NOTHING)
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """A block in which nothing is half done: a stop ends it at once, by StopWaiting."""
+        self._is_waiting = True
+        try:
+            if self.stopped_by is not None:
+                raise StopWaiting
+            yield
+        finally:
+            self._is_waiting = False
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if number not in _STOPPING:
-            self._wishes |= Wish.SAVE
+            self._wants_save = True
             return
         if self.stopped_by is not None and number == signal.SIGINT:
             raise KeyboardInterrupt  # Ctrl-C a second time: at once
         self.stopped_by = signal.Signals(number)
-        self._wishes |= Wish.STOP
+        if self._is_waiting:
+            raise StopWaiting
 
 
 @contextlib.contextmanager
@@ -60,10 +80,14 @@ def listening() -> Iterator[Signals]:
             signal.signal(number, handler)
 
 
-def ignore_in_worker(worker: int) -> None:
-    """Leave a data worker to its parent: a scheduler and Ctrl-C signal the whole process group."""
+def begin_worker(worker: int) -> None:
+    """Leave a data worker to its parent: a scheduler and Ctrl-C signal the whole process group.
+
+    So that it cannot outlive a killed parent, the kernel is told to kill it then.
+    """
     for number in (*_STOPPING, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def without_interruption(loader: DataLoader[Any]) -> Iterator[Any]:
@@ -71,8 +95,11 @@ def without_interruption(loader: DataLoader[Any]) -> Iterator[Any]:
 
     torch's handler raises in whatever the main thread does just then: a step half done, after which
     nothing could be saved. Without it a batch cut short by the death would be waited for for ever.
+    Closed early, the workers are killed: one may be waiting for a server.
     """
+    others = set(multiprocessing.active_children())
     iterator = iter(loader)
+    workers = set(multiprocessing.active_children()) - others
     tell = signal.getsignal(signal.SIGCHLD)
     if threading.current_thread() is not threading.main_thread() or not callable(tell):
         yield from iterator
@@ -97,4 +124,8 @@ def without_interruption(loader: DataLoader[Any]) -> Iterator[Any]:
                 return
             yield batch
     finally:
+        is_waiting = False
+        for worker in workers:
+            worker.kill()
+        del iterator  # torch forgets its workers; it would tell of their death otherwise
         signal.signal(signal.SIGCHLD, tell)

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from clipserve import checkpoint
 from clipserve.errors import CheckpointError
+from clipserve.files import save_tensors
 from clipserve.files import sha256 as file_sha256
 from clipserve.model import Model
-from training.order import Position
+from training.order import Position, Purpose
 
 FORMAT_VERSION = 2
 _STATE = "state.json"
@@ -57,14 +58,12 @@ class State:
 
     def save(self, folder: Path) -> None:
         """Write state/ into a new checkpoint folder."""
-        from safetensors.torch import save_file
-
         state = folder / "state"
         state.mkdir()
         files = {_OPTIMIZER: _moments(self.optimizer)}
         files |= {f"{name}.safetensors": m.state_dict() for name, m in self.extras.items()}
         for name, tensors in files.items():
-            save_file({key: value.contiguous() for key, value in tensors.items()}, state / name)
+            save_tensors(tensors, state / name)
         content = {
             "format_version": FORMAT_VERSION,
             "position": asdict(self.position),
@@ -106,7 +105,7 @@ class State:
 
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Set all of torch's generators, on every device, for one step of one rank."""
-    words = np.random.SeedSequence((seed, step, rank)).generate_state(2, np.uint32)
+    words = np.random.SeedSequence((seed, Purpose.STEP, step, rank)).generate_state(2, np.uint32)
     torch.manual_seed(int(words[0]) << 32 | int(words[1]))
 
 
@@ -122,7 +121,7 @@ def _read_state(state: Path) -> dict[str, Any]:
         text = (state / _STATE).read_text()
         content: dict[str, Any] = json.loads(text)
         digests = {name: file_sha256(state / Path(name).name) for name in content["files"]}
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{state} cannot be resumed from: {error}") from None
     if text != json.dumps(content, indent=1) or content.get("checksum") != _checksum(content):
         raise CheckpointError(f"{state / _STATE} was changed after it was written")

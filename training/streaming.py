@@ -7,12 +7,14 @@ batches, and continuing at a position needs no replay.
 Legend: B batch, H height, W width, T text tokens.
 """
 
+import contextlib
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pickle import UnpicklingError
+from queue import SimpleQueue
+from threading import Thread
 
 import numpy as np
 import torch
@@ -27,10 +29,12 @@ from clipserve.text import Tokenizer
 from training.decoding import decode_crop
 from training.distributed import ALONE, World
 from training.mixture import Mixture
-from training.order import Draw, OrderSettings, Position, SampleOrder
-from training.signals import ignore_in_worker, without_interruption
+from training.order import Draw, OrderSettings, Position, Purpose, SampleOrder
+from training.signals import begin_worker, without_interruption
 
 _SHARDS_AHEAD = 4
+_BATCHES_AHEAD = 256
+_UNUSED_BATCHES = 16
 _BATCHES_AHEAD_PER_WORKER = 4
 
 
@@ -107,7 +111,7 @@ class Stream:
             collate_fn=self._collate,
             prefetch_factor=_BATCHES_AHEAD_PER_WORKER if workers else None,
             pin_memory=pin,
-            worker_init_fn=ignore_in_worker,
+            worker_init_fn=begin_worker,
             # Its own: else starting the workers would draw from the generator that dropout uses.
             generator=torch.Generator(),
         )
@@ -146,23 +150,54 @@ class _Batches(Sampler[list[Draw]]):
 
 
 def _fetching_ahead(data: Mixture, batches: Iterator[list[Draw]]) -> Iterator[list[Draw]]:
-    """The same batches, looked at so far ahead that the next few shards are on their way.
+    """The same batches, looked at ahead, so that shards are on their way before their first use.
 
     A shard that cannot be fetched is no error here: the worker that needs it will say so.
     """
-    ahead: deque[tuple[list[Draw], list[Future[None]]]] = deque()
-    recent: deque[int] = deque(maxlen=_SHARDS_AHEAD * 64)
-    with ThreadPoolExecutor(_SHARDS_AHEAD, "fetch") as pool:
-        for batch in batches:
-            new = []
-            for shard in np.unique(data.shards_of(np.array([draw.sample for draw in batch]))):
-                if shard not in recent:
-                    recent.append(int(shard))
-                    new.append(pool.submit(data.fetch, int(shard)))
-            ahead.append((batch, new))
-            while len(ahead) > 1 and sum(len(pending) for _, pending in ahead) > _SHARDS_AHEAD:
-                yield ahead.popleft()[0]
-        yield from (batch for batch, _ in ahead)
+    ahead: deque[list[Draw]] = deque()
+    last_use: dict[int, int] = {}
+    with contextlib.closing(_Fetcher(data)) as fetcher:
+        for number, batch in enumerate(batches):
+            shards = data.shards_of(np.array([draw.sample for draw in batch]))
+            for shard in np.unique(shards).tolist():
+                if number - last_use.get(shard, -_UNUSED_BATCHES) >= _UNUSED_BATCHES:
+                    fetcher.ask(shard)  # again, too: the cache may have dropped it
+                last_use[shard] = number
+            ahead.append(batch)
+            while ahead and (len(ahead) >= _BATCHES_AHEAD or fetcher.is_busy):
+                yield ahead.popleft()
+        yield from ahead
+
+
+class _Fetcher:
+    """A few threads that fetch shards. They are daemons: a process that ends waits for none."""
+
+    def __init__(self, data: Mixture) -> None:
+        self._data = data
+        self._asked: SimpleQueue[int | None] = SimpleQueue()
+        self._unfinished: set[int] = set()
+        for _ in range(_SHARDS_AHEAD):
+            Thread(target=self._work, name="fetch", daemon=True).start()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether enough shards are on their way."""
+        return len(self._unfinished) >= _SHARDS_AHEAD
+
+    def ask(self, shard: int) -> None:
+        self._unfinished.add(shard)
+        self._asked.put(shard)
+
+    def close(self) -> None:
+        """Fetch no more."""
+        for _ in range(_SHARDS_AHEAD):
+            self._asked.put(None)
+
+    def _work(self) -> None:
+        while (shard := self._asked.get()) is not None:
+            with contextlib.suppress(DataError, OSError):
+                self._data.fetch(shard)
+            self._unfinished.discard(shard)
 
 
 @dataclass(frozen=True)
@@ -181,18 +216,23 @@ class _Samples(Dataset[_Decoded | BadSample | Exception]):
         try:
             sample = self._data.read(draw.sample)
         except SampleError as error:
-            return BadSample(*self._data.key(draw.sample), error.kind, str(error))
+            return self._bad(draw, error.kind, str(error))
         except (ClipserveError, OSError) as error:
             return error  # raised from here, it would arrive with the worker's whole traceback
-        random = np.random.default_rng((self._seed, draw.view, draw.sample))
-        caption = _draw_caption(sample, self._settings.caption_fields, random)
+        random = np.random.default_rng((self._seed, Purpose.VIEW, draw.view, draw.sample))
+        fields = self._settings.caption_fields
+        caption = _draw_caption(sample, fields, random)
         if not caption:
-            return BadSample(sample.shard, sample.key, "empty_caption", "the caption is empty")
+            what = f"no text in any of {', '.join(fields)}" if fields else "the caption is empty"
+            return self._bad(draw, "empty_caption", what)
         try:
             pixels = self._decode(sample.image, random)
         except ImageError as error:
-            return BadSample(sample.shard, sample.key, "bad_image", str(error))
+            return self._bad(draw, "bad_image", str(error))
         return _Decoded(draw.sample, pixels, caption)
+
+    def _bad(self, draw: Draw, kind: str, reason: str) -> BadSample:
+        return BadSample(*self._data.key(draw.sample), kind, reason)
 
     def _decode(self, image: bytes, random: np.random.Generator) -> np.ndarray:
         transform = self._settings.transform

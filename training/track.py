@@ -33,6 +33,7 @@ class Tracker:
     ) -> None:
         self._is_main = console is not None
         console = console or Console(quiet=True)
+        out.mkdir(parents=True, exist_ok=True)  # may be another machine's own disk
         if self._is_main:
             from torch.utils.tensorboard import SummaryWriter
 
