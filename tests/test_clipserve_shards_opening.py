@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
+import fsspec
 import pytest
 from tars import samples, write_tar
 
@@ -234,6 +236,132 @@ def test_a_remote_shard_other_than_the_manifests_is_refused(
         opened.read(7)
 
 
+HTML = b"<html>please log in</html>"
+
+
+def test_a_page_in_place_of_an_index_is_never_kept(
+    packed: Path, served: tuple[str, list[str]], own_cache: Path
+) -> None:
+    url, requests = served
+    good = (packed / "val-0.index").read_bytes()
+    (packed / "val-0.index").write_bytes(HTML)
+    for _ in range(2):
+        requests.clear()
+        with pytest.raises(DataError, match=r"/val-0\.index is not the index that the") as caught:
+            ShardSet.open(f"{url}?signature=secret")
+        assert len([path for path in requests if path.startswith("/val-0.index")]) == 2
+        assert not any(word in str(caught.value) for word in ("secret", "unsafe", "\n"))
+    assert len(list(own_cache.glob("indexes/*"))) == 2  # of the other two shards
+    (packed / "val-0.index").write_bytes(good)
+    assert numbers(url) == list(range(8))
+
+
+def test_an_index_that_is_bad_once_is_fetched_again(
+    packed: Path, served: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, pages = opening.read_bytes, [HTML]
+
+    def read_bytes(location: str) -> bytes:
+        return pages.pop() if location.endswith("/val-0.index") and pages else real(location)
+
+    monkeypatch.setattr(opening, "read_bytes", read_bytes)
+    assert numbers(served[0]) == list(range(8))
+    assert not pages
+
+
+def test_a_kept_index_that_was_damaged_is_fetched_again(
+    packed: Path, served: tuple[str, list[str]], own_cache: Path
+) -> None:
+    url, _ = served
+    numbers(url)
+    for kept in own_cache.glob("indexes/*"):
+        kept.write_bytes(kept.read_bytes()[:-8] + bytes(8))
+    assert numbers(url) == list(range(8))
+
+
+def test_shards_with_equal_indexes_are_no_trouble(folder: Path, served: Any) -> None:
+    names = [f"{i}.tar" for i in range(40)]
+    for name in names:
+        write_tar(folder / name, samples(1))
+    write_manifest(folder, *scan(folder, names))
+    assert numbers(served[0]) == [0] * 40
+
+
+@pytest.mark.parametrize("damage", [b"", HTML, b"\x93NUMPY", b"PK\x03\x04", None])
+def test_a_damaged_index_is_named(packed: Path, damage: bytes | None) -> None:
+    file = packed / "val-0.index"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data if damage is None else damage)
+    opened = ShardSet.open(packed)
+    assert opened.read(0).metadata == {"n": 0}
+    for call in (opened.read, opened.key):
+        with pytest.raises(DataError, match=r"val-0\.index is damaged: its sha256 .*--rescan"):
+            call(7)
+
+
+@pytest.mark.parametrize("content", [HTML, b"PK\x03\x04", b"\x93NUMPY\1\0\2\0[\n"])
+def test_what_a_forged_manifest_calls_an_index_is_none(packed: Path, content: bytes) -> None:
+    from hashlib import sha256
+
+    (packed / "val-0.index").write_bytes(content)
+    manifest = json.loads((packed / "manifest.json").read_text())
+    manifest["shards"][2]["index_sha256"] = sha256(content).hexdigest()
+    (packed / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=r"val-0\.index is not the index of val-0\.tar; .*rescan"):
+        ShardSet.open(packed).read(7)
+
+
+@pytest.mark.parametrize("digest", ["", "../../x", 3, None])
+def test_a_digest_that_is_none_is_refused(packed: Path, digest: object) -> None:
+    manifest = json.loads((packed / "manifest.json").read_text())
+    manifest["shards"][2]["index_sha256"] = digest
+    (packed / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=r"describes shard 'val-0\.tar' wrongly"):
+        ShardSet.open(packed)
+
+
+def test_the_fingerprint_is_of_the_shards_not_of_their_indexes(packed: Path) -> None:
+    from dataclasses import replace
+
+    from clipserve.shards.manifest import read_manifest
+
+    manifest = read_manifest(packed)
+    first, *others = manifest.shards
+    for change, is_other in (({"index_sha256": "0" * 64}, False), ({"sha256": "0" * 64}, True)):
+        changed = replace(manifest, shards=(replace(first, **change), *others))
+        assert (changed.fingerprint != manifest.fingerprint) == is_other
+
+
+@pytest.fixture
+def bucket(packed: Path) -> Iterator[str]:
+    """The folder as a bucket's; `memory:` goes the way of s3: and gs:."""
+    files = fsspec.filesystem("memory")
+    for file in packed.iterdir():
+        files.pipe(f"/bucket/shards/{file.name}", file.read_bytes())
+    yield "memory://bucket/shards"
+    files.rm("/bucket", recursive=True)
+
+
+def test_a_folder_of_a_bucket_is_opened(bucket: str) -> None:
+    assert numbers(bucket) == numbers(f"{bucket}/") == numbers(f"{bucket}/manifest.json")
+    opened = ShardSet.open(bucket)
+    assert not opened._is_scanned
+    fsspec.filesystem("memory").rm("/bucket/shards/manifest.json")
+    assert ShardSet.open(bucket)._is_scanned
+    assert numbers(bucket) == list(range(8))
+
+
+def test_a_remote_folder_without_shards_says_what_to_name(
+    bucket: str, folder: Path, served: tuple[str, list[str]]
+) -> None:
+    (folder / "manifest.json").unlink()
+    for location in (f"{bucket}/empty", f"{served[0]}/?key=secret", f"{served[0]}/a.parquet"):
+        with pytest.raises(DataError, match="name manifest.json or a pattern") as caught:
+            ShardSet.open(location)
+        assert "secret" not in str(caught.value)
+
+
 def test_remote_shards_without_a_manifest_are_scanned_once(
     folder: Path, served: tuple[str, list[str]]
 ) -> None:
@@ -259,6 +387,8 @@ def test_missing_remote_shards_and_manifests_are_errors(served: tuple[str, list[
 
 def test_a_pipe_is_a_shard(folder: Path) -> None:
     assert numbers(f"pipe:cat {folder}/train-{{0..1}}.tar") == list(range(6))
+    (folder / "val-0.tar").rename(folder / "download")
+    assert numbers(f"pipe:cat {folder}/download") == [6, 7]
 
 
 def test_what_counts_as_shards(packed: Path, tmp_path: Path) -> None:

@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import gc
 import json
@@ -7,8 +8,12 @@ import pickle
 import shutil
 import tarfile
 import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 from tars import Members, samples, to_tar, write_tar
@@ -16,10 +21,10 @@ from tars import Members, samples, to_tar, write_tar
 from clipserve import shards
 from clipserve.errors import DataError, SampleError
 from clipserve.shards import ShardSet, shard_set
-from clipserve.shards.opening import Described
-from clipserve.shards.places import Place
+from clipserve.shards.manifest import encode_index
 from clipserve.shards.scan import scan
-from clipserve.storage import StorageError
+from clipserve.storage import ShardCache
+from clipserve.storage import cache as storage_cache
 
 
 @pytest.fixture(autouse=True)
@@ -250,32 +255,77 @@ def test_a_set_can_be_pickled_also_a_scanned_one(folder: Path) -> None:
     assert pickle.loads(pickle.dumps(opened)).read(1) == opened.read(1)
 
 
+@pytest.fixture
+def bucket(tmp_path: Path) -> Iterator[str]:
+    """Twenty shards of one sample, far away."""
+    names = [f"{i:02d}.tar" for i in range(20)]
+    for i, name in enumerate(names):
+        write_tar(tmp_path / name, samples(1, i))
+    shards.write_manifest(tmp_path, *scan(tmp_path, names))
+    files = fsspec.filesystem("memory")
+    for file in tmp_path.iterdir():
+        files.pipe(f"/far/{file.name}", file.read_bytes())
+    yield "memory://far"
+    files.rm("/far", recursive=True)
+
+
+def open_files(folder: Path) -> list[str]:
+    """Targets of this process's descriptors in a folder; removed ones end in (deleted)."""
+    found = []
+    for descriptor in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            found.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+    return [target for target in found if target.startswith(str(folder))]
+
+
+def test_copies_that_the_cache_removed_are_not_kept_open(bucket: str, tmp_path: Path) -> None:
+    size = len(to_tar(samples(1)))
+    cache = ShardCache(tmp_path / "copies", 3 * size)
+    opened = ShardSet.open(bucket, cache)
+    for i in range(20):
+        assert opened.read(i).metadata == {"n": i}
+        assert len(open_files(cache.folder)) <= 3
+        assert not [name for name in open_files(cache.folder) if name.endswith("(deleted)")]
+
+
+def test_copies_that_another_process_removed_are_closed_too(bucket: str, tmp_path: Path) -> None:
+    cache = ShardCache(tmp_path / "copies", 2**30)
+    opened = ShardSet.open(bucket, cache)
+    opened.read(0)
+    for copy in cache.folder.glob("*.tar"):
+        copy.unlink()
+    assert opened.read(0).metadata == {"n": 0}  # still open
+    opened.read(1)
+    assert len(open_files(cache.folder)) == 1
+    assert opened.read(0).metadata == {"n": 0}
+
+
+def test_few_copies_are_open_at_once(bucket: str, tmp_path: Path) -> None:
+    cache = ShardCache(tmp_path / "copies", 2**30)
+    opened = ShardSet.open(bucket, cache)
+    assert [opened.read(i).metadata["n"] for i in range(20)] == list(range(20))
+    assert len(open_files(cache.folder)) == shard_set._MAX_OPEN_COPIES < 20
+
+
 def test_a_shard_that_cannot_be_fetched_now_costs_its_samples_and_is_not_asked_for_each(
-    packed: Path, monkeypatch: pytest.MonkeyPatch
+    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    manifest = shards.read_manifest(packed)
-    described = Described(
-        manifest,
-        [Place(s.name, f"http://127.0.0.1:9/{s.name}") for s in manifest.shards],
-        [packed / "000.index", packed / "001.index"],
-        False,
-    )
-
-    class Cache:
-        asked = 0
-
-        def open(self, *_: object) -> int:
-            self.asked += 1
-            raise StorageError("http://127.0.0.1:9/000.tar: connection refused")
-
-    cache = Cache()
-    opened = ShardSet("http://127.0.0.1:9", described, cache)  # type: ignore[arg-type]
+    tries = tmp_path / "tries"
+    cache = ShardCache(tmp_path / "copies", 2**30, retries=1, backoff_s=0.0)
+    opened = ShardSet.open(f"pipe:echo >> {tries}; cat {packed}/000.tar", cache)
+    (copy,) = cache.folder.glob("*.tar")
+    copy.unlink()
+    (packed / "000.tar").rename(packed / "away.tar")
     assert opened.is_remote
+    tries.unlink()
     for i in range(4):
-        with pytest.raises(SampleError, match="connection refused") as caught:
-            opened.read(i)
+        with pytest.raises(SampleError, match="No such file") as caught:
+            pickle.loads(pickle.dumps(opened)).read(i)  # as another worker would
         assert caught.value.kind == "read_error"
-    assert cache.asked == 1
+    assert tries.read_text() == "\n\n"
+    (packed / "away.tar").rename(packed / "000.tar")
+    monkeypatch.setattr(storage_cache, "_REFUSED_S", 0.0)
+    assert opened.read(0).key == "0000"
 
 
 def test_a_forged_index_makes_no_reader_fall_over(packed: Path) -> None:
@@ -283,8 +333,11 @@ def test_a_forged_index_makes_no_reader_fall_over(packed: Path) -> None:
     index["image_size"][0] = index["text_size"][0] = index["json_size"][0] = 0
     index["image_offset"][1] = 2**61
     index["text_size"][2] = 2**19
-    with (packed / "000.index").open("wb") as file:
-        np.save(file, index)
+    manifest = shards.read_manifest(packed)
+    first = replace(manifest.shards[0], index_sha256=sha256(encode_index(index)).hexdigest())
+    second = np.load(packed / "001.index")
+    forged = replace(manifest, shards=(first, manifest.shards[1]))
+    shards.write_manifest(packed, forged, [index, second])
     opened = ShardSet.open(packed)
     for i in range(3):
         with pytest.raises(SampleError, match="changed"):

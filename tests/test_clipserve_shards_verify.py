@@ -81,7 +81,7 @@ def test_a_changed_index_is_found(packed: Path) -> None:
         np.save(file, index)
     assert "000.index is damaged" in verify(packed).problems[0]
     (packed / "000.index").write_bytes(b"\x93NUMPY nonsense")
-    assert "000.index cannot be read" in verify(packed).problems[0]
+    assert "000.index is damaged" in verify(packed).problems[0]
     (packed / "000.index").unlink()
     assert "000.index cannot be read" in verify(packed).problems[0]
     with pytest.raises(DataError, match=r"000\.index is missing"):

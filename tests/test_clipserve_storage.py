@@ -409,6 +409,39 @@ def test_a_server_that_stalls_is_left(site: Site, tmp_path: Path, fault: str) ->
         cache.fetch(f"{site.url}/a.tar?other", len(CONTENT))
 
 
+def test_a_failure_is_shared_for_a_while(
+    site: Site, cache: ShardCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    location = f"{site.url}/a.tar?sig=secret"
+    site.faults["/a.tar"] = ["500"] * 3
+    site.files["/b.tar"] = OTHER
+    others = [pickle.loads(pickle.dumps(cache)) for _ in range(4)]  # as in other processes
+    with ThreadPoolExecutor() as pool:
+        jobs = [pool.submit(other.fetch, location, len(CONTENT)) for other in others]
+        errors = [job.exception() for job in jobs]
+    with pytest.raises(StorageError) as caught:
+        cache.fetch(location, len(CONTENT))
+    assert {str(error) for error in errors} == {str(caught.value)}
+    assert "HTTP 500 (tried 3 times)" in str(caught.value)
+    assert site.count("/a.tar") == 3
+    assert cache.fetch(f"{site.url}/b.tar").read_bytes() == OTHER
+    (record,) = cache.folder.glob("*.failed")
+    assert "secret" not in record.read_text()
+    monkeypatch.setattr(storage.cache, "_REFUSED_S", 0.0)
+    assert cache.fetch(location, len(CONTENT)).read_bytes() == CONTENT
+    assert not record.exists()
+
+
+@pytest.mark.parametrize("content", ["", "9", "99999999999 from the future\n", "\0"])
+def test_a_torn_record_of_a_failure_is_none(site: Site, cache: ShardCache, content: str) -> None:
+    site.faults["/a.tar"] = ["500"] * 3
+    with pytest.raises(StorageError):
+        cache.fetch(f"{site.url}/a.tar")
+    (record,) = cache.folder.glob("*.failed")
+    record.write_text(content)
+    assert cache.fetch(f"{site.url}/a.tar").read_bytes() == CONTENT
+
+
 def test_a_cut_download_goes_on_where_it_was(site: Site, cache: ShardCache) -> None:
     site.faults["/a.tar"] = ["cut"]
     assert cache.fetch(f"{site.url}/a.tar").read_bytes() == CONTENT
@@ -936,17 +969,17 @@ def test_downloads_that_hold_all_the_room_are_waited_for(
 ) -> None:
     cache.max_bytes = 400_000
     site.faults["/0.tar"] = ["stall"]
-    first, second = shard(0), shard(1)
+    first, second, third = shard(0), shard(1), shard(2)
     with ThreadPoolExecutor() as pool:
         slow = pool.submit(cache.fetch, first, 300_000)
         assert site.halfway.wait(30)
         impatient = ShardCache(cache.folder, cache.max_bytes, retries=0, timeout=0.1)
         with pytest.raises(StorageError, match="other downloads hold"):
             impatient.fetch(second, 300_000)
-        patient = pool.submit(cache.fetch, second, 300_000)
+        patient = pool.submit(cache.fetch, third, 300_000)
         site.go_on.set()
         slow.result()
-        assert patient.result().read_bytes() == site.files["/1.tar"]
+        assert patient.result().read_bytes() == site.files["/2.tar"]
     assert len(copies(cache)) == 1
 
 

@@ -108,9 +108,10 @@ def test_sets_are_mixed_and_numbered_through(
     (batch,) = batches(source, 1)
     assert sorted(batch.samples) == list(range(31))
     for i in (0, 22, 23, 30):
-        expected = shards.read(i) if i < 23 else second.read(i - 23)
-        assert source.data.read(i) == expected
-        assert source.data.key(i) == (expected.shard, expected.key)
+        own, number = (shards, i) if i < 23 else (second, i - 23)
+        sample = own.read(number)
+        assert source.data.read(i) == sample
+        assert source.data.key(i) == (f"{own.location}/{sample.shard}", sample.key)
     lengths = [len(source.data.read(i).captions[0]) for i in (0, 30)]
     assert source.data.text_bytes(np.array([0, 30])).tolist() == lengths
     assert source.data.shards_of(np.array([0, 7, 22, 23])).tolist() == [0, 1, 3, 4]

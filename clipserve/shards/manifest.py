@@ -9,14 +9,17 @@ Both are read as untrusted: names must be plain, numbers in range.
 
 import io
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 from struct import pack
+from tokenize import TokenError
 from zlib import crc32
 
 import numpy as np
+from numpy.lib import format as npy
 
 from clipserve.errors import DataError
 from clipserve.files import write_atomic
@@ -36,6 +39,7 @@ _FIELDS = [(name, "<i8") for name in _PLACES] + [
     ("text_bytes", "<u4"),  # of the longest caption, wherever it stands
     ("image_hash", "<u8"),  # blake2b of the picture's bytes, 64 bits: finds identical ones
 ]
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 _RESCAN = "`clipserve verify --rescan` makes it anew"
 
 
@@ -60,6 +64,8 @@ class Shard:
     num_bytes: int
     sha256: str
     num_samples: int
+    index_sha256: str
+    """of its index file"""
     num_out_of_order: int = 0
     """samples whose members are not adjacent: readable here, half samples to other readers"""
     compression: str = ""
@@ -68,7 +74,10 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a set of shards holds. `fingerprint` changes with any shard, their order, or the bad."""
+    """What a set of shards holds. `fingerprint` changes with any shard, their order, or the bad.
+
+    It does not with how an index is encoded, which another NumPy may do differently.
+    """
 
     shards: tuple[Shard, ...]
     bad: tuple[BadSample, ...]
@@ -79,7 +88,10 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        content = [[asdict(shard) for shard in self.shards], [asdict(bad) for bad in self.bad]]
+        shards = [asdict(shard) for shard in self.shards]
+        for shard in shards:
+            del shard["index_sha256"]
+        content = [shards, [asdict(bad) for bad in self.bad]]
         return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -97,14 +109,19 @@ def index_name(shard: str) -> str:
     return shard.removesuffix(".tar") + ".index"
 
 
+def encode_index(index: np.ndarray) -> bytes:
+    """The content of an index file."""
+    buffer = io.BytesIO()
+    np.save(buffer, index, allow_pickle=False)
+    return buffer.getvalue()
+
+
 def write_manifest(folder: Path, manifest: Manifest, indexes: Sequence[np.ndarray]) -> None:
     """Write the index files, then manifest.json, each whole or not at all."""
     for shard, index in zip(manifest.shards, indexes, strict=True):
-        buffer = io.BytesIO()
-        np.save(buffer, index, allow_pickle=False)
         file = folder / index_name(shard.name)
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(file, buffer.getvalue())
+        write_atomic(file, encode_index(index))
     content = {
         "format_version": FORMAT_VERSION,
         "num_samples": manifest.num_samples,
@@ -150,19 +167,54 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
     return manifest
 
 
-def load_index(file: Path, shard: Shard) -> np.ndarray:
-    """The index of a shard, mapped into memory, so that processes share it. Raises DataError."""
+def parse_index(data: bytes, shard: Shard, where: str) -> np.ndarray:
+    """The index of a shard from the content of the file called `where`, all checked.
+
+    Raises DataError.
+    """
+    if sha256(data).hexdigest() != shard.index_sha256:
+        raise DataError(f"{where} is damaged: its sha256 is not the manifest's; {_RESCAN}")
     try:
-        mapped = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError, SyntaxError) as error:
-        raise DataError(f"{file} cannot be read: {error}; {_RESCAN}") from None
+        index = npy.read_array(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, SyntaxError, TokenError, MemoryError, RecursionError):
+        raise _not_an_index(where, shard) from None
+    if not _has_form(index, shard) or not _in_range(index):
+        raise _not_an_index(where, shard)
+    return index
+
+
+def read_index(file: Path, shard: Shard) -> np.ndarray:
+    """As `parse_index`, from a file."""
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror}; {_RESCAN}") from None
+    return parse_index(data, shard, str(file))
+
+
+def map_index(file: Path, shard: Shard) -> np.ndarray:
+    """An index that `read_index` has found good, mapped, so that processes share its memory."""
+    try:
+        mapped = npy.open_memmap(file, mode="r")
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror}; {_RESCAN}") from None
+    except (ValueError, SyntaxError, TokenError):
+        raise _not_an_index(str(file), shard) from None
     index = np.asarray(mapped)  # still mapped; a plain array's rows are read much faster
+    if not _has_form(index, shard):
+        raise _not_an_index(str(file), shard)
+    return index
+
+
+def _not_an_index(where: str, shard: Shard) -> DataError:
+    return DataError(f"{where} is not the index of {shard.name}; {_RESCAN}")
+
+
+def _has_form(index: np.ndarray, shard: Shard) -> bool:
     names = index.dtype.names or ()
     width = index.dtype["key"].itemsize if "key" in names else 0
     is_index = width <= MAX_KEY_BYTES and index.dtype == index_dtype(width)
-    if not is_index or index.shape != (shard.num_samples,) or not _in_range(index):
-        raise DataError(f"{file} is not the index of {shard.name}; {_RESCAN}")
-    return index
+    return is_index and index.shape == (shard.num_samples,)
 
 
 def _in_range(index: np.ndarray) -> bool:
@@ -179,6 +231,8 @@ def _check_shard(shard: Shard, where: str) -> None:
     numbers = (shard.num_bytes, shard.num_samples, shard.num_out_of_order)
     is_sane = isinstance(shard.name, str) and isinstance(shard.sha256, str)
     is_sane = is_sane and all(type(number) is int and number >= 0 for number in numbers)
+    is_sane = is_sane and isinstance(shard.index_sha256, str)
+    is_sane = is_sane and _DIGEST.fullmatch(shard.index_sha256) is not None
     if not is_sane or shard.compression not in ("", "gzip"):
         raise DataError(f"{where} describes shard {shard.name!r} wrongly; {_RESCAN}")
 

@@ -37,12 +37,23 @@ class Recent(Generic[_V]):
     def drop(self, key: int) -> None:
         self._values.pop(key, None)
 
+    def drop_all(self, is_stale: Callable[[_V], bool]) -> None:
+        for key in list(self._values):  # a copy, as other threads may add and drop meanwhile
+            value = self._values.get(key)
+            if value is not None and is_stale(value):
+                self.drop(key)
+
 
 class OpenFile:
     """A descriptor that is closed when nobody uses it any more."""
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
+
+    @property
+    def is_removed(self) -> bool:
+        """Whether it has no name any more: its space is free once nobody has it open."""
+        return os.fstat(self.descriptor).st_nlink == 0
 
     def __del__(self) -> None:
         os.close(self.descriptor)

@@ -18,8 +18,11 @@ from clipserve.files import write_atomic
 from clipserve.shards.manifest import (
     MANIFEST,
     Manifest,
+    Shard,
     index_name,
+    parse_index,
     parse_manifest,
+    read_index,
     read_manifest,
     write_manifest,
 )
@@ -43,6 +46,7 @@ from clipserve.storage import (
     shown,
 )
 from clipserve.storage.locks import locked
+from clipserve.storage.receive import cache_faults
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +63,8 @@ class Described:
     """by shard: an index, or the file it is in"""
     is_scanned: bool
     """by us: then sizes and digests are those of what was read, unpacked if need be"""
+    are_checked: bool
+    """the indexes: those beside local shards are only when they are first used"""
 
 
 def describe(location: str, cache: ShardCache) -> Described:
@@ -67,11 +73,12 @@ def describe(location: str, cache: ShardCache) -> Described:
         manifest = _read_remote_manifest(location)
         if manifest is not None:
             places = [Place(s.name, join(location, s.name)) for s in manifest.shards]
-            return Described(manifest, places, _fetch_indexes(location, manifest), False)
+            indexes = _fetch_indexes(location, manifest)
+            return Described(manifest, places, indexes, is_scanned=False, are_checked=True)
     elif (folder := manifest_folder(location)) is not None:
         return _describe_folder(folder)
     places = find_places(location)
-    return Described(*_scan_once(places, location, cache), True)
+    return Described(*_scan_once(places, location, cache), is_scanned=True, are_checked=True)
 
 
 def _describe_folder(folder: Path) -> Described:
@@ -85,7 +92,7 @@ def _describe_folder(folder: Path) -> Described:
                 f"{file} is missing; put it back, or `clipserve verify --rescan {folder}`"
             )
     places = [Place(shard.name, str(folder / shard.name)) for shard in manifest.shards]
-    return Described(manifest, places, files, False)
+    return Described(manifest, places, files, is_scanned=False, are_checked=False)
 
 
 def _check_size(path: Path, expected: int) -> None:
@@ -108,24 +115,48 @@ def _read_remote_manifest(location: str) -> Manifest | None:
     try:
         return parse_manifest(read_bytes(file), shown(file))
     except MissingError:
-        if is_manifest(location) or location.startswith(("http:", "https:")):
+        if is_manifest(location):
             raise
         return None
 
 
 def _fetch_indexes(location: str, manifest: Manifest) -> list[Path]:
-    """The index files of a remote set, kept under the cache folder by the set's fingerprint."""
-    folder = cache_root() / "manifests" / manifest.fingerprint
-    folder.mkdir(parents=True, exist_ok=True)
-    names = [index_name(shard.name) for shard in manifest.shards]
+    """The index files of a remote set, kept under the cache folder by their digests."""
+    folder = cache_root() / "indexes"
+    files = [folder / f"{shard.index_sha256}.index" for shard in manifest.shards]
 
-    def fetch(name: str) -> Path:
-        if not (folder / name).is_file():
-            write_atomic(folder / name, read_bytes(join(location, name)))
-        return folder / name
+    def fetch(file: Path, shard: Shard) -> None:
+        if not _is_good(file, shard):
+            content = _fetch_index(join(location, index_name(shard.name)), shard)
+            with cache_faults(folder):
+                write_atomic(file, content)
 
+    with cache_faults(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    different = dict(zip(files, manifest.shards, strict=True))  # equal ones are written once
     with ThreadPoolExecutor(_INDEX_THREADS) as pool:
-        return list(pool.map(fetch, names))
+        list(pool.map(fetch, different.keys(), different.values()))
+    return files
+
+
+def _fetch_index(location: str, shard: Shard) -> bytes:
+    """What a proxy or a failing server may send in its place is not taken for it."""
+    for _ in range(2):
+        data = read_bytes(location)
+        with contextlib.suppress(DataError):
+            parse_index(data, shard, location)
+            return data
+    raise DataError(
+        f"{shown(location)} is not the index that the {MANIFEST} beside it describes;"
+        " put both there anew, or check the server and its proxies"
+    )
+
+
+def _is_good(file: Path, shard: Shard) -> bool:
+    with contextlib.suppress(DataError):
+        read_index(file, shard)
+        return True
+    return False
 
 
 def _scan_once(
@@ -150,8 +181,10 @@ def _read_kept(folder: Path) -> Manifest | None:
     """The manifest of an earlier scan; None if it is missing or damaged: it can be made again."""
     with contextlib.suppress(DataError):
         manifest = read_manifest(folder)
-        if all((folder / index_name(shard.name)).is_file() for shard in manifest.shards):
-            return manifest
+        files = [folder / index_name(shard.name) for shard in manifest.shards]
+        with ThreadPoolExecutor(_INDEX_THREADS) as pool:
+            if all(pool.map(_is_good, files, manifest.shards)):
+                return manifest
     return None
 
 

@@ -1,5 +1,6 @@
 """Which shards a location names, and where each of them is. Start at `find_places`."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -10,7 +11,16 @@ from pathlib import Path
 
 from clipserve.errors import DataError
 from clipserve.shards.manifest import FORMAT_VERSION, MANIFEST, Manifest
-from clipserve.storage import ShardCache, cache_root, expand, is_remote, local_path, shown
+from clipserve.storage import (
+    MissingError,
+    ShardCache,
+    cache_root,
+    expand,
+    is_remote,
+    local_path,
+    shown,
+)
+from clipserve.storage.locations import scheme
 
 UNFINISHED = ".pack.json"
 """stands in a folder for as long as `clipserve pack` has not finished it"""
@@ -69,8 +79,8 @@ def find_places(location: str) -> list[Place]:
     """The shards of a folder, a file or a pattern. Raises DataError when there is none."""
     if not is_remote(location) and local_path(location).is_dir():
         found = [str(file) for file in _tars(local_path(location))]
-    elif is_remote(location) and not _is_tar(location):
-        found = expand(location.rstrip("/") + "/*.tar")
+    elif scheme(location) not in ("file", "pipe") and not _is_tar(location):
+        found = _list_remote_folder(location)
     else:
         found = expand(location)
     if not is_remote(location):
@@ -108,6 +118,17 @@ def identity(places: Sequence[Place]) -> str:
             raise DataError(f"shard {path} cannot be read: {error.strerror}") from None
         facts.append([place.name, os.fsdecode(path), status.st_size, status.st_mtime_ns])
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+
+
+def _list_remote_folder(location: str) -> list[str]:
+    """Its shards. DataError where there are none, or nobody can know, as over http."""
+    with contextlib.suppress(MissingError):
+        if scheme(location) not in ("http", "https"):
+            return expand(location.rstrip("/") + "/*.tar")
+    raise DataError(
+        f"{shown(location)} is no folder with a {MANIFEST}, nor one whose .tar shards can be"
+        f" listed; name {MANIFEST} or a pattern, as in DIR/{{000..099}}.tar"
+    )
 
 
 def _tars(folder: Path) -> list[Path]:

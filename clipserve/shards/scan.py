@@ -17,7 +17,14 @@ import numpy as np
 from clipserve.errors import DataError, ImageError
 from clipserve.files import sha256 as file_sha256
 from clipserve.shards.grouping import Part, Row, group, read_part
-from clipserve.shards.manifest import BadSample, Manifest, Shard, checksum, index_dtype
+from clipserve.shards.manifest import (
+    BadSample,
+    Manifest,
+    Shard,
+    checksum,
+    encode_index,
+    index_dtype,
+)
 from clipserve.shards.places import Place, default_cache
 from clipserve.shards.tar import Damage, walk
 from clipserve.storage import ShardCache, is_remote, local_path, shown
@@ -90,8 +97,10 @@ def _scan_shard(
     except OSError as error:
         raise DataError(f"shard {shown(place.location)}: {error.strerror}") from None
     out_of_order = sum(row.is_out_of_order for row in rows)
-    shard = Shard(place.name, num_bytes, digest, len(rows), out_of_order, compression)
-    return shard, _to_index(rows), bad
+    index = _to_index(rows)
+    index_digest = hashlib.sha256(encode_index(index)).hexdigest()
+    shard = Shard(place.name, num_bytes, digest, len(rows), index_digest, out_of_order, compression)
+    return shard, index, bad
 
 
 def _open(place: Place, cache: ShardCache) -> tuple[int, str]:

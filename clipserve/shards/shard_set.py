@@ -17,19 +17,16 @@ import numpy as np
 
 from clipserve.errors import DataError, SampleError
 from clipserve.shards.grouping import parse_captions
-from clipserve.shards.manifest import (
-    checksum,
-    load_index,
-)
+from clipserve.shards.manifest import checksum, map_index, read_index
 from clipserve.shards.open_files import OpenFile, Recent, read_spans
 from clipserve.shards.opening import Described, describe
 from clipserve.shards.places import default_cache
 from clipserve.storage import ShardCache, StorageError, is_remote, local_path, shown
 
 _MAX_OPEN_FILES = 64
+_MAX_OPEN_COPIES = 16
 _MAX_OPEN_INDEXES = 256
 _RETRY_AFTER_S = (0.05, 0.2)
-_REFUSED_S = 30.0
 # What a later attempt may not meet again; everything else is for the user to put right.
 _TRANSIENT = {
     errno.EIO,
@@ -71,11 +68,12 @@ class ShardSet:
         self._is_scanned, self._cache = described.is_scanned, cache
         self.is_remote = any(map(self._needs_copy, range(len(self._places))))
         """whether `fetch` has something to do: some shard is remote, or gzip'd"""
-        self._refused: dict[int, tuple[float, str]] = {}
+        self._checked_indexes = set(range(len(counts))) if described.are_checked else set()
         self._forget()
 
     def _forget(self) -> None:
-        self._files: Recent[OpenFile] = Recent(_MAX_OPEN_FILES)
+        limit = _MAX_OPEN_COPIES if self.is_remote else _MAX_OPEN_FILES
+        self._files: Recent[OpenFile] = Recent(limit)
         self._open_indexes: Recent[np.ndarray] = Recent(_MAX_OPEN_INDEXES)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -173,8 +171,15 @@ class ShardSet:
         index = self._indexes[shard]
         if isinstance(index, np.ndarray):
             return index
-        file, entry = index, self.manifest.shards[shard]
-        return self._open_indexes.get(shard, lambda: load_index(file, entry))
+        file = index
+        return self._open_indexes.get(shard, lambda: self._load_index(shard, file))
+
+    def _load_index(self, shard: int, file: Path) -> np.ndarray:
+        entry = self.manifest.shards[shard]
+        if shard not in self._checked_indexes:
+            read_index(file, entry)
+            self._checked_indexes.add(shard)
+        return map_index(file, entry)
 
     def _read_spans(
         self, shard: int, key: str, spans: Sequence[tuple[int, int]]
@@ -204,15 +209,17 @@ class ShardSet:
     def _open_shard(self, shard: int, key: str) -> int:
         if not self._needs_copy(shard):
             return os.open(local_path(self._places[shard].location), os.O_RDONLY | os.O_CLOEXEC)
-        # Its other samples would each wait for all the retries of a download that just failed.
-        until, reason = self._refused.get(shard, (0.0, ""))
-        if time.monotonic() >= until:
-            try:
-                return self._cache.open(*self._content(shard))
-            except StorageError as error:
-                reason = str(error)
-                self._refused[shard] = (time.monotonic() + _REFUSED_S, reason)
-        raise SampleError(f"sample {key}: {reason}", "read_error")
+        self._close_removed()  # before, as the copy to come needs room
+        try:
+            descriptor = self._cache.open(*self._content(shard))
+        except StorageError as error:
+            raise SampleError(f"sample {key}: {error}", "read_error") from None
+        self._close_removed()  # after, as it may have pushed some out
+        return descriptor
+
+    def _close_removed(self) -> None:
+        """The cache's bound is one of the disk only if nobody keeps what it has removed."""
+        self._files.drop_all(lambda file: file.is_removed)
 
 
 def _parse_json(data: bytes) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from clipserve.shards.manifest import (
     Manifest,
     Shard,
     index_name,
-    load_index,
+    read_index,
     read_manifest,
     write_manifest,
 )
@@ -106,7 +106,7 @@ def _compare(folder: Path, decode: bool, progress: Progress | None) -> Report:
 def _compare_index(folder: Path, shard: Shard, scanned: np.ndarray) -> list[str]:
     name = index_name(shard.name)
     try:
-        index = load_index(folder / name, shard)
+        index = read_index(folder / name, shard)
     except DataError as error:
         return [str(error)]
     if np.array_equal(index, scanned):

@@ -6,6 +6,7 @@ The cache is a folder that any number of processes and threads share without a s
     <sha256>.plain.tar    what was inside a gzip'd one; the digest is that of the shard as served
     <key>.tmp             being written by whoever holds its flock; left by the dead if nobody does
     <key>.known           size and digest of a location that came without
+    <key>.failed          when and why a location could not be read, after all retries
     lock                  held for the moment in which room is made
 """
 
@@ -36,6 +37,7 @@ from clipserve.storage.locks import locked, locked_temporary, remove_unlocked
 from clipserve.storage.receive import GZIP_MAGIC, Receiver, cache_faults
 from clipserve.storage.transfer import (
     Interrupted,
+    MissingError,
     StorageError,
     file_faults,
     file_system,
@@ -45,10 +47,12 @@ from clipserve.storage.transfer import (
 
 RETRIES = 5
 BACKOFF_S = 1.0  # with five retries, half a minute of patience
+_REFUSED_S = 30.0  # after all retries
 _COPY = re.compile(r"[0-9a-f]{64}(\.plain)?\.tar")
 _TEMPORARY = re.compile(r"[0-9a-f]{64}\.tmp")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _KNOWN = re.compile(r"(\d+) ([0-9a-f]{64})\n")
+_FAILED = re.compile(r"(\d+) (.+)\n")
 
 
 def cache_root() -> Path:
@@ -133,7 +137,8 @@ class ShardCache:
         `num_bytes` and `sha256` are those of the content as served; without a digest, a copy is
         trusted for as long as it is kept. A gzip'd shard is kept unpacked; a plain local file is
         its own copy. A copy may be removed for another at any moment, so open it soon, or use
-        `open`: who has it open keeps it.
+        `open`: who has it open keeps it. After a StorageError, no process asks for the location
+        again for half a minute; all raise the same.
         """
         if not is_remote(location) and not _is_gzip(location):
             return local_path(location)
@@ -171,10 +176,12 @@ class ShardCache:
                 return found
             temporary = locked_temporary(self.folder / f"{key}.tmp")
             with cache_faults(self.folder), temporary as descriptor:
-                if descriptor is not None:  # else whoever held it is done
-                    return self._find(key, num_bytes, digest) or self._download(
-                        descriptor, key, location, num_bytes, digest
-                    )
+                if descriptor is None:  # whoever held it is done
+                    continue
+                if found := self._find(key, num_bytes, digest):
+                    return found
+                with _failing_once(self.folder / f"{_key(location)}.failed"):
+                    return self._download(descriptor, key, location, num_bytes, digest)
 
     def _find(self, key: str, num_bytes: int | None, digest: str | None) -> CachedCopy | None:
         with cache_faults(self.folder):
@@ -280,7 +287,7 @@ def _remote_glob(location: str) -> list[str]:
 def _sorted(pattern: str, matches: Iterable[str]) -> list[str]:
     found = sorted(islice(matches, MAX_LOCATIONS + 1))
     if not found:
-        raise DataError(f"no file matches {shown(pattern)}; check the pattern")
+        raise MissingError(f"no file matches {shown(pattern)}; check the pattern")
     return found
 
 
@@ -315,6 +322,31 @@ def _read_known(path: Path) -> tuple[int, str] | None:
     except FileNotFoundError:
         return None
     return (int(match[1]), match[2]) if match else None
+
+
+@contextlib.contextmanager
+def _failing_once(record: Path) -> Iterator[None]:
+    """Raise what failed lately anew, instead of going through all the retries once more.
+
+    Else each process that needs a shard would wait for all of them, one after the other.
+    """
+    _raise_recorded(record)
+    try:
+        yield
+    except StorageError as error:
+        with contextlib.suppress(OSError):
+            record.write_text(f"{int(time.time())} {error}\n")
+        raise
+
+
+def _raise_recorded(record: Path) -> None:
+    try:
+        match = _FAILED.fullmatch(record.read_text(errors="replace"))
+    except FileNotFoundError:
+        return
+    if match and 0 <= time.time() - int(match[1]) < _REFUSED_S:
+        raise StorageError(match[2])
+    record.unlink(missing_ok=True)
 
 
 def _remove_leftovers(folder: Path) -> None:
