@@ -15,11 +15,11 @@ import struct
 import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from torch import Tensor
 
 from clipserve.errors import ConfigError, ImageError
@@ -31,6 +31,17 @@ ImageSource = str | Path | bytes | Image.Image
 """What public functions accept as a picture: a path, the bytes of a file, or a PIL image."""
 
 _THUMBNAIL_SIDE = 256
+
+# What makes a picture upright, by the EXIF orientation of its file; 1 is upright already.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 # What Pillow's decoders raise on damaged files, found by fuzzing; memory and interrupts pass.
 _DECODER_ERRORS = (
@@ -72,8 +83,7 @@ def decode_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Ima
     """
     picture = _decode(data, limits)
     try:
-        ImageOps.exif_transpose(picture, in_place=True)
-        return to_rgb(picture)
+        return to_rgb(_turn_upright(picture))
     except _DECODER_ERRORS:
         raise ImageError(f"damaged {picture.format} picture") from None
 
@@ -85,7 +95,7 @@ def open_image(source: ImageSource, limits: ImageLimits = DEFAULT_LIMITS) -> Ima
     if isinstance(source, Image.Image):
         _check_size(source.size, limits)
         try:
-            return to_rgb(ImageOps.exif_transpose(source))
+            return to_rgb(_turn_upright(source))
         except _DECODER_ERRORS:
             raise ImageError("damaged or truncated picture") from None
     try:
@@ -144,7 +154,8 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
-def _decode(data: bytes, limits: ImageLimits) -> Image.Image:
+def read_header(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
+    """The picture with its size checked, before any pixel is decoded. Raises ImageError."""
     if len(data) > limits.max_bytes:
         raise ImageError(f"picture has {len(data)} bytes; at most {limits.max_bytes} are allowed")
     if not data:
@@ -159,11 +170,31 @@ def _decode(data: bytes, limits: ImageLimits) -> Image.Image:
     except _DECODER_ERRORS:
         raise ImageError(f"not a picture in a supported format ({', '.join(FORMATS)})") from None
     _check_size(picture.size, limits)
+    return picture
+
+
+def read_orientation(picture: Image.Image) -> int:
+    """How the camera was held, 1 (upright) to 8, as EXIF counts. Raises ImageError."""
+    try:
+        orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
+    except _DECODER_ERRORS:
+        raise ImageError("picture with damaged EXIF data") from None
+    return orientation if orientation in _TURNS else 1
+
+
+def _decode(data: bytes, limits: ImageLimits) -> Image.Image:
+    picture = read_header(data, limits)
     try:
         picture.load()
     except _DECODER_ERRORS:
         raise ImageError(f"damaged or truncated {picture.format} picture") from None
     return picture
+
+
+def _turn_upright(picture: Image.Image) -> Image.Image:
+    picture.load()  # some formats hold their EXIF data behind the pixels
+    turn = _TURNS.get(read_orientation(picture))
+    return picture if turn is None else picture.transpose(turn)
 
 
 def _scale_to_8_bits(picture: Image.Image) -> Image.Image:
@@ -263,45 +294,81 @@ class ImageTransform:
         """(B, 3, H, W) uint8 -> float32: to [0, 1], minus mean, over std."""
         mean = pixels.new_tensor(self.mean, dtype=torch.float32).view(3, 1, 1)
         std = pixels.new_tensor(self.std, dtype=torch.float32).view(3, 1, 1)
-        return pixels.to(torch.float32).div(255).sub(mean).div(std)
+        # In place: four times less memory to touch, which is what this costs.
+        return pixels.to(torch.float32, copy=True).div_(255).sub_(mean).div_(std)
 
     @property
     def _filter(self) -> Image.Resampling:
         return Image.Resampling[self.interpolation.upper()]
 
 
+class Crop(NamedTuple):
+    """A rectangle of an upright picture, in its pixels."""
+
+    left: int
+    top: int
+    width: int
+    height: int
+
+
 @dataclass(frozen=True)
 class TrainTransform:
     """A random crop, resized to the network's input (torchvision's RandomResizedCrop).
 
-    With scale (1, 1) it is the inference transform, exactly.
+    With scale (1, 1) it is the inference transform, exactly. Of a large picture the crop lies on
+    a grid of 2, 4 or 8 pixels, half a pixel of the result at most, so that a JPEG decoded at a
+    fraction of its size can be cut at the same place (training/decoding.py).
     """
 
     inference: ImageTransform
     scale: tuple[float, float]
     ratio: tuple[float, float]
 
+    @property
+    def crops(self) -> bool:
+        """False if every picture passes through the inference transform instead."""
+        return self.scale != (1.0, 1.0)
+
     def resize(self, picture: Image.Image, random: np.random.Generator) -> np.ndarray:
         """(3, H, W) uint8; the crop depends on the picture's size and on `random` alone."""
-        if self.scale == (1.0, 1.0):
+        if not self.crops:
             return self.inference.resize(picture)
-        left, top, width, height = self._draw_crop(picture.size, random)
-        box = (left, top, left + width, top + height)
-        size = self.inference.size[::-1]
-        return _to_array(picture.resize(size, self.inference._filter, box=box))
+        return self.resize_crop(picture, self.draw_crop(picture.size, random))
 
-    def _draw_crop(
+    def resize_crop(self, picture: Image.Image, crop: Crop) -> np.ndarray:
+        """(3, H, W) uint8 of this part of an RGB picture."""
+        left, top, width, height = crop
+        part = picture.crop((left, top, left + width, top + height))
+        return _to_array(part.resize(self.inference.size[::-1], self.inference._filter))
+
+    def draw_crop(self, size: tuple[int, int], random: np.random.Generator) -> Crop:
+        """A crop of a picture of this width and height, on its grid."""
+        left, top, width, height = self._draw_free_crop(size, random)
+        grid = self.reduction(width, height)
+        return Crop(*(side // grid * grid for side in (left, top, width, height)))
+
+    def reduction(self, width: int, height: int) -> int:
+        """The largest of 8, 4, 2, 1 that leaves a crop at least twice the result's size."""
+        to_height, to_width = self.inference.size
+        for reduction in (8, 4, 2):
+            if width >= 2 * to_width * reduction and height >= 2 * to_height * reduction:
+                return reduction
+        return 1
+
+    def _draw_free_crop(
         self, size: tuple[int, int], random: np.random.Generator
     ) -> tuple[int, int, int, int]:
         full_width, full_height = size
+        low, high = self.scale
         log_low, log_high = (math.log(bound) for bound in self.ratio)
+        draw = random.random  # ten times as quick as uniform() and integers()
         for _ in range(10):
-            area = full_width * full_height * random.uniform(*self.scale)
-            ratio = math.exp(random.uniform(log_low, log_high))
+            area = full_width * full_height * (low + (high - low) * draw())
+            ratio = math.exp(log_low + (log_high - log_low) * draw())
             width, height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
             if 0 < width <= full_width and 0 < height <= full_height:
-                left = int(random.integers(full_width - width, endpoint=True))
-                top = int(random.integers(full_height - height, endpoint=True))
+                left = int((full_width - width + 1) * draw())
+                top = int((full_height - height + 1) * draw())
                 return left, top, width, height
         # No such box fits, as in a thin picture: the largest centred one of an allowed ratio.
         ratio = min(max(full_width / full_height, self.ratio[0]), self.ratio[1])

@@ -217,7 +217,7 @@ def test_crops_are_within_scale_and_ratio_and_follow_the_generator() -> None:
     train = TrainTransform(ImageTransform((32, 32)), (0.3, 0.8), (0.5, 2.0))
     boxes = []
     for seed in range(200):
-        left, top, width, height = train._draw_crop((120, 90), np.random.default_rng(seed))
+        left, top, width, height = train.draw_crop((120, 90), np.random.default_rng(seed))
         assert left >= 0
         assert top >= 0
         assert left + width <= 120
@@ -226,12 +226,12 @@ def test_crops_are_within_scale_and_ratio_and_follow_the_generator() -> None:
         assert 0.48 < width / height < 2.05
         boxes.append((left, top, width, height))
     assert len(set(boxes)) > 150
-    assert boxes[7] == train._draw_crop((120, 90), np.random.default_rng(7))
+    assert boxes[7] == train.draw_crop((120, 90), np.random.default_rng(7))
 
 
 def test_a_picture_too_thin_for_any_crop_gives_the_centre() -> None:
     train = TrainTransform(ImageTransform((32, 32)), (0.9, 1.0), (0.75, 1.33))
-    left, _, width, height = train._draw_crop((400, 10), np.random.default_rng(0))
+    left, _, width, height = train.draw_crop((400, 10), np.random.default_rng(0))
     assert height == 10
     assert 12 <= width <= 14
     assert abs(left - (400 - width) / 2) <= 1
