@@ -107,3 +107,8 @@ def test_numbers_in_the_readme_are_the_committed_results() -> None:
         for batch in (1, 32):
             values = embedding[kind][f"batch {batch}"].values()
             assert f"| {kind}, batch {batch} | {' | '.join(map(str, values))} |" in text
+    loader = json.loads((results / "loader.json").read_text())
+    for name, case in loader["results"].items():
+        rates = [f"{case[who]['samples_per_s']:.0f}" for who in ("clipserve", "open_clip")]
+        shown = [name, *rates, str(case["ratio"]), f"{case['fraction_of_decode_only']:.0%}"]
+        assert f"| {' | '.join(shown)} |" in text
