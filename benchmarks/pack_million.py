@@ -26,6 +26,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from benchmarks.embedding import processor
+
 PACKAGES = ("pillow", "numpy", "torch")
 WORDS = ("red", "blue", "small", "large", "dog", "cat", "house", "tree", "old", "new")
 
@@ -92,13 +94,6 @@ def measure(table: Path, out: Path) -> dict[str, Any]:
         "rows_per_second": round(packed / seconds),
         "peak_rss_gb": round(peak_kb / 2**20, 3),
     }
-
-
-def processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
 
 
 if __name__ == "__main__":

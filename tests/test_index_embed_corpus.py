@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_architecture
 from PIL import Image
 
 import clipserve
@@ -21,30 +22,13 @@ from index.embed_corpus import embed_corpus
 from index.search import Searcher
 
 ROOT = Path(__file__).resolve().parent.parent
-TABLE = {
-    "embed_dim": 16,
-    "vision_cfg": {
-        "image_size": 32,
-        "patch_size": 16,
-        "width": 32,
-        "layers": 1,
-        "head_width": 16,
-    },
-    "text_cfg": {
-        "context_length": 16,
-        "vocab_size": 49408,
-        "width": 32,
-        "heads": 2,
-        "layers": 1,
-    },
-}
 
 
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("models") / "t"
-    save(create(TABLE), path, name="t")
+    save(create(tiny_architecture()), path, name="t")
     return path
 
 
@@ -208,7 +192,7 @@ def test_a_source_that_is_not_there_makes_no_collection(model: Model, tmp_path: 
 
 def test_a_model_that_was_never_saved_is_refused(source: Path, tmp_path: Path) -> None:
     with pytest.raises(IndexStoreError, match="save it"):
-        embed_corpus(create(TABLE), source, tmp_path / "pets")
+        embed_corpus(create(tiny_architecture()), source, tmp_path / "pets")
     assert not (tmp_path / "pets").exists()
 
 
