@@ -55,8 +55,8 @@ class OpenFile:
         """Whether it has no name any more: its space is free once nobody has it open."""
         return os.fstat(self.descriptor).st_nlink == 0
 
-    def __del__(self) -> None:
-        os.close(self.descriptor)
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        close(self.descriptor)  # kept: at the interpreter's exit `os` may be gone already
 
 
 def read_spans(descriptor: int, spans: Sequence[tuple[int, int]]) -> Sequence[bytes]:
