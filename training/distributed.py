@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from hashlib import sha256
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,33 +49,28 @@ class World:
         if self.size == 1:
             return own[None].numpy()
         everyone = [torch.empty_like(own) for _ in range(self.size)]
-        with _together():
+        with together():
             dist.all_gather(everyone, own)
         return torch.stack(everyone).numpy()
 
     def gather(self, rows: Tensor, counts: list[int]) -> Tensor:
-        """All ranks' rows, (sum(counts), ...), in the order of ranks; own rows keep their gradient.
+        """All ranks' rows, (sum(counts), ...), in the order of ranks, with their gradients.
 
-        Where every rank computes the same loss from them, its gradient is then whole without
-        another message: `sum_gradients` adds what each rank's rows contributed.
+        Backward adds up what all ranks' losses say of a row. So each rank may score its own rows
+        against everyone's; every rank has to make the same calls, also one without rows.
         """
         if self.size == 1:
             return rows
-        padded = rows.new_zeros(max(counts), *rows.shape[1:])
-        padded[: len(rows)] = rows.detach()
-        everyone = [torch.empty_like(padded) for _ in range(self.size)]
-        with _together():
-            dist.all_gather(everyone, padded)
-        parts = [part[:count] for part, count in zip(everyone, counts, strict=True)]
-        parts[self.rank] = rows
-        return torch.cat(parts)
+        gathered: Tensor = _Gather.apply(rows, self, tuple(counts))
+        return gathered
 
-    def share(self, value: Tensor) -> Tensor:
-        """A parameter that every rank's copy of the loss uses: each rank gives 1/size of its
-        gradient, so that the sum over ranks is right."""
-        if self.size == 1:
-            return value
-        return value.detach() + (value - value.detach()) / self.size
+    def total(self, values: Tensor) -> Tensor:
+        """The sum of all ranks' values, without a gradient."""
+        values = values.detach().clone()
+        if self.size > 1:
+            with together():
+                dist.all_reduce(values)
+        return values
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Add up the gradients of all ranks; one without a gradient counts as zero."""
@@ -84,19 +80,17 @@ class World:
         for parameter in trained:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        gradients = [p.grad for p in trained if p.grad is not None]
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        with _together():
-            dist.all_reduce(flat)
-        done = 0
-        for gradient in gradients:
-            gradient.copy_(flat[done : done + gradient.numel()].view_as(gradient))
-            done += gradient.numel()
+        for kind in dict.fromkeys(parameter.dtype for parameter in trained):
+            gradients = [p.grad for p in trained if p.grad is not None and p.dtype == kind]
+            flat = self.total(torch.cat([gradient.flatten() for gradient in gradients]))
+            parts = torch.split(flat, [gradient.numel() for gradient in gradients])
+            for gradient, part in zip(gradients, parts, strict=True):
+                gradient.copy_(part.view_as(gradient))
 
     def same_weights(self, network: nn.Module) -> None:
         """Overwrite parameters and buffers with those of rank 0."""
         if self.size > 1:
-            with _together():
+            with together():
                 for tensor in network.state_dict().values():
                     dist.broadcast(tensor, src=0)
 
@@ -118,8 +112,29 @@ class World:
 ALONE = World()
 
 
+class _Gather(torch.autograd.Function):
+    """all_gather of unequal numbers of rows; of the gradients, summed, the own rows."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, world: World, counts: tuple[int, ...]) -> Tensor:
+        ctx.world, ctx.first = world, sum(counts[: world.rank])
+        ctx.count = len(rows)
+        padded = rows.new_zeros(max(counts), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        everyone = [torch.empty_like(padded) for _ in counts]
+        with together():
+            dist.all_gather(everyone, padded)
+        return torch.cat([part[:count] for part, count in zip(everyone, counts, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        whole = ctx.world.total(gradients[0].contiguous())
+        return whole[ctx.first : ctx.first + ctx.count], None, None
+
+
 @contextlib.contextmanager
-def _together() -> Iterator[None]:
+def together() -> Iterator[None]:
+    """Around what the ranks do with each other: TrainingError when one of them is gone."""
     try:
         yield
     except RuntimeError as error:
