@@ -6,6 +6,12 @@
     tokenizer/                   only what no package ships
     README.md                    a model card made from the above
 
+An ALBEF, which open_clip cannot build, has instead of the two open_clip files
+
+    towers.safetensors           both towers, their projections, the temperature
+    fusion.safetensors           the layers that see text and picture, and their heads
+    momentum.safetensors         if it was imported with them: momentum weights and queues
+
 Safetensors and JSON only. Start at `save` and `load`. The fingerprint is a digest of what decides
 the vectors (weights, architecture, image transform, tokenizer): two directories with one
 fingerprint embed alike, whatever their metrics and dates say.
@@ -14,6 +20,7 @@ fingerprint embed alike, whatever their metrics and dates say.
 import hashlib
 import json
 import platform
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -33,6 +40,10 @@ FORMAT_VERSION = 1
 MANIFEST = "clipserve.json"
 WEIGHTS = "open_clip_model.safetensors"
 OPEN_CLIP_CONFIG = "open_clip_config.json"
+TOWERS = "towers.safetensors"
+FUSION = "fusion.safetensors"
+MOMENTUM = "momentum.safetensors"
+_FUSION_PARTS = ("fusion.", "matching_head.", "token_head.")
 _PACKAGES = ("torch", "torchvision", "open_clip_torch", "transformers", "safetensors")
 
 
@@ -44,10 +55,12 @@ def save(
     objective: tuple[str, ...] = (),
     training: dict[str, Any] | None = None,
     data_fingerprint: str | None = None,
+    momentum: Mapping[str, Tensor] | None = None,
 ) -> str:
     """Write a model directory, whole or not at all; returns its fingerprint.
 
-    An existing directory of that name is replaced at the end.
+    An existing directory of that name is replaced at the end. `momentum` is what
+    `clipserve.convert` found beside the weights; it is no part of the fingerprint.
     """
     with new_directory(directory) as folder:
         return write_into(
@@ -57,6 +70,7 @@ def save(
             objective=objective,
             training=training,
             data_fingerprint=data_fingerprint,
+            momentum=momentum,
         )
 
 
@@ -68,12 +82,17 @@ def write_into(
     objective: tuple[str, ...] = (),
     training: dict[str, Any] | None = None,
     data_fingerprint: str | None = None,
+    momentum: Mapping[str, Tensor] | None = None,
 ) -> str:
     """Write the files of a model directory into an empty folder that the caller makes durable."""
-    save_tensors(model.network.state_dict(), folder / WEIGHTS, metadata={"format": "pt"})
+    for file, tensors in _weights(model).items():
+        save_tensors(tensors, folder / file, metadata={"format": "pt"})
+    if momentum is not None:
+        save_tensors(momentum, folder / MOMENTUM)
     transform = model.transform.to_open_clip()
-    config = {"model_cfg": model.architecture, "preprocess_cfg": transform}
-    (folder / OPEN_CLIP_CONFIG).write_text(_canonical(config))
+    if not model.has_fusion:
+        config = {"model_cfg": model.architecture, "preprocess_cfg": transform}
+        (folder / OPEN_CLIP_CONFIG).write_text(_canonical(config))
     model.tokenizer.save(folder / "tokenizer")
     description: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
@@ -122,10 +141,10 @@ def load_for_training(path: str | Path, *, verify: bool = True) -> Model:
     folder = directory / "tokenizer"
     try:
         transform = ImageTransform.from_open_clip(description["image_transform"])
-        network = _load_network(architecture, directory / WEIGHTS)
+        network = _load_network(architecture, directory)
+        tokenizer = Tokenizer(architecture["text_cfg"], folder if folder.is_dir() else None)
     except ConfigError as error:
         raise CheckpointError(f"{directory / MANIFEST}: {error}") from error
-    tokenizer = Tokenizer(architecture["text_cfg"], folder if folder.is_dir() else None)
     info = ModelInfo(
         name=description["name"],
         fingerprint=description["fingerprint"],
@@ -133,6 +152,13 @@ def load_for_training(path: str | Path, *, verify: bool = True) -> Model:
         training=description["training"],
     )
     return assemble(network, architecture, transform, tokenizer, info)
+
+
+def load_momentum(path: str | Path) -> dict[str, Tensor] | None:
+    """What `momentum.safetensors` of a model directory holds; None if there is none."""
+    directory = Path(path)
+    described = MOMENTUM in read_description(directory)["files"]
+    return _load_tensors(directory / MOMENTUM) if described else None
 
 
 def verify(path: str | Path) -> dict[str, Any]:
@@ -190,14 +216,33 @@ def _check_files(directory: Path, description: dict[str, Any]) -> None:
             )
 
 
-def _load_network(architecture: dict[str, Any], weights: Path) -> nn.Module:
+def _weights(model: Model) -> dict[str, dict[str, Tensor]]:
+    """The network's tensors, by the file that they go to."""
+    tensors: dict[str, Tensor] = model.network.state_dict()
+    if not model.has_fusion:
+        return {WEIGHTS: tensors}
+    fusion = {k: v for k, v in tensors.items() if k.startswith(_FUSION_PARTS)}
+    return {TOWERS: {k: v for k, v in tensors.items() if k not in fusion}, FUSION: fusion}
+
+
+def _weight_files(architecture: dict[str, Any]) -> tuple[str, ...]:
+    return (TOWERS, FUSION) if "fusion_cfg" in architecture else (WEIGHTS,)
+
+
+def _load_tensors(file: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        tensors = load_file(weights)
+        tensors: dict[str, Tensor] = load_file(file)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{weights} cannot be read: {error}") from None
+        raise CheckpointError(f"{file} cannot be read: {error}") from None
+    return tensors
+
+
+def _load_network(architecture: dict[str, Any], directory: Path) -> nn.Module:
+    files = [directory / name for name in _weight_files(architecture)]
+    tensors = {name: tensor for file in files for name, tensor in _load_tensors(file).items()}
     with _NoRandomInit():
         network = build_network(architecture)
     try:
@@ -205,7 +250,7 @@ def _load_network(architecture: dict[str, Any], weights: Path) -> nn.Module:
     except RuntimeError as error:
         first = str(error).splitlines()[1:2] or [str(error)]
         raise CheckpointError(
-            f"{weights} does not fit its architecture: {first[0].strip()}"
+            f"{' and '.join(map(str, files))} does not fit its architecture: {first[0].strip()}"
         ) from None
     return network.eval()
 
@@ -225,13 +270,14 @@ class _NoRandomInit(TorchFunctionMode):
 
 
 def _fingerprint(description: dict[str, Any], files: dict[str, str]) -> str:
+    weights = _weight_files(description["architecture"])
     deciding = {
         "architecture": description.get("architecture"),
         "image_transform": description.get("image_transform"),
         "files": {
             name: digest
             for name, digest in files.items()
-            if name == WEIGHTS or name.startswith("tokenizer/")
+            if name in weights or name.startswith("tokenizer/")
         },
     }
     return hashlib.sha256(_canonical(deciding).encode()).hexdigest()
@@ -264,6 +310,7 @@ def _versions() -> dict[str, str]:
 
 def _model_card(description: dict[str, Any]) -> str:
     training = description["training"]
+    more = _FUSION_CARD if "fusion_cfg" in description["architecture"] else _OPEN_CLIP_CARD
     metrics = "\n".join(
         f"| {key} | {value:.4g} |" if isinstance(value, float) else f"| {key} | {value} |"
         for key, value in sorted(training.items())
@@ -289,5 +336,15 @@ model.embed_images(["picture.jpg"])
 model.zero_shot(["cat", "dog"]).classify(["picture.jpg"])
 ```
 
-open_clip reads it as well: `open_clip.create_model_and_transforms("local-dir:THIS_DIRECTORY")`.
+{more}
 """
+
+
+_OPEN_CLIP_CARD = (
+    "open_clip reads it as well:"
+    ' `open_clip.create_model_and_transforms("local-dir:THIS_DIRECTORY")`.'
+)
+_FUSION_CARD = (
+    "It is an ALBEF, which reads a text with a picture in view:"
+    ' `model.match(["picture.jpg"], ["a cat"])` is how likely the two belong together.'
+)

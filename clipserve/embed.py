@@ -57,7 +57,7 @@ def computes_bf16(device: torch.device) -> bool:
 
 
 def prepare(model: "Model", device: str = "auto", dtype: str = "auto") -> "Model":
-    """Move to a device and dtype for inference, in place. Logit scale and bias stay float32."""
+    """Move to a device and dtype for inference, in place. Logit scale and bias stay precise."""
     where = resolve_device(device)
     towers = resolve_dtype(dtype, where)
     model.requires_grad_(False).eval().to(where)

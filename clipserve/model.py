@@ -1,15 +1,16 @@
-"""Model: two open_clip towers with everything that belongs to them.
+"""Model: two towers, open_clip's or ALBEF's, with everything that belongs to them.
 
 A `Model` is what training writes and the service loads: network, image transform, tokenizer,
-temperature, and where it came from. Any architecture open_clip knows (but CoCa). Start at `create`
-for fresh weights and at `clipserve.checkpoint.load` for trained ones.
+temperature, and where it came from. Any architecture open_clip knows. Start at `create` for fresh
+weights and at `clipserve.checkpoint.load` for trained ones.
 
-Legend: B batch, T text tokens, D width, E embedding, N pictures or texts.
+Legend: B batch, P image tokens, T text tokens, V vocabulary, D width, E embedding, N pictures or
+texts.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,6 +37,21 @@ class ModelInfo:
     """summary and metrics of the training run"""
 
 
+class Encoded(NamedTuple):
+    """What a forward pass gives; the losses are functions of it."""
+
+    image: Tensor
+    """(B, E) unit vectors"""
+    text: Tensor
+    """(B, E) unit vectors"""
+    image_states: Tensor | None = None
+    """(B, P, D) of a network with fusion layers: the picture's tokens"""
+    text_states: Tensor | None = None
+    """(B, T, D) of a network with fusion layers: the text's tokens"""
+    caption_logits: Tensor | None = None
+    """(B, T - 1, V) of a network with a decoder: at t, the guess of token t + 1"""
+
+
 class Model(nn.Module):
     """Pictures and texts to unit vectors in one space."""
 
@@ -57,29 +73,42 @@ class Model(nn.Module):
     def encode_image(self, pixels: Tensor) -> Tensor:
         """Unit vectors (B, E) from normalised pixels (B, 3, H, W)."""
         features = self.network.visual(pixels.to(self.dtype))
+        if self.has_decoder:  # CoCa's tower gives its tokens as well
+            features, _ = features
         return F.normalize(features.float(), dim=-1)
 
     def encode_text(self, ids: Tensor) -> Tensor:
         """Unit vectors (B, E) from token ids (B, T).
 
         T is the context length, or anything down to the longest text if `can_cut_text`: a causal
-        transformer gives the same answer without the padding.
+        transformer, and one that masks it, give the same answer without the padding.
         """
-        if ids.shape[1] < self.context_length:
+        if ids.shape[1] < self.context_length and not self.has_fusion:
             features = self._encode_cut_text(ids)
         else:
             features = self.network.encode_text(ids)
         return F.normalize(features.float(), dim=-1)
 
-    def forward(self, pixels: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, pixels: Tensor, ids: Tensor) -> Encoded:
         """Both encodings: what training compiles and differentiates."""
-        return self.encode_image(pixels), self.encode_text(ids)
+        if self.has_decoder:
+            return self._encode_and_caption(pixels, ids)
+        if not self.has_fusion:
+            return Encoded(self.encode_image(pixels), self.encode_text(ids))
+        image_states, image = self.network.encode_image_states(pixels.to(self.dtype))
+        text_states, text = self.network.encode_text_states(ids)
+        return Encoded(
+            F.normalize(image.float(), dim=-1),
+            F.normalize(text.float(), dim=-1),
+            image_states,
+            text_states,
+        )
 
     @property
     def logit_scale(self) -> Tensor:
         """exp of the learned log-temperature: a scalar."""
         scale: Tensor = self.network.logit_scale
-        return scale.float().exp().reshape(())
+        return scale.exp().float().reshape(())  # in its own precision: ALBEF's is float64
 
     @property
     def logit_bias(self) -> Tensor | None:
@@ -99,7 +128,7 @@ class Model(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the towers' weights; logit scale and bias stay float32."""
+        """Of the towers' weights; logit scale and bias stay as precise as they were trained."""
         dtype: torch.dtype = next(self.network.visual.parameters()).dtype
         return dtype
 
@@ -109,8 +138,23 @@ class Model(nn.Module):
         return device
 
     @property
+    def has_fusion(self) -> bool:
+        """Whether a picture and a text can be read together (ALBEF), see `match`."""
+        return "fusion_cfg" in self.architecture
+
+    @property
+    def has_decoder(self) -> bool:
+        """Whether it can write captions (CoCa)."""
+        return "multimodal_cfg" in self.architecture
+
+    @property
     def can_cut_text(self) -> bool:
-        """Whether padding can be left away: attention is causal and pooling finds the end token."""
+        """Whether padding can be left away: it is masked, or attention is causal and pooling finds
+        the end token."""
+        if self.has_fusion:
+            return True
+        if self.has_decoder:  # its class token comes last
+            return False
         tower = self._text_tower
         pooling = getattr(tower, "text_pool_type", getattr(tower, "pool_type", None))
         return (
@@ -137,6 +181,18 @@ class Model(nn.Module):
 
         return embed_texts(self, texts, batch_size)
 
+    def match(
+        self,
+        images: Iterable[ImageSource],
+        texts: Iterable[str],
+        batch_size: int = 32,
+        limits: ImageLimits = DEFAULT_LIMITS,
+    ) -> np.ndarray:
+        """(N,) float32: how likely picture i and text i belong together. ALBEF models only."""
+        from clipserve.match import match
+
+        return match(self, images, texts, batch_size, limits)
+
     def zero_shot(self, labels: list[str], templates: str | list[str] = "none") -> "ClassHead":
         """A classifier over `labels`; `templates`: a set's name, a file, or templates with `{}`."""
         from clipserve.prompts import build_head
@@ -147,6 +203,16 @@ class Model(nn.Module):
     def _text_tower(self) -> Any:
         """open_clip's CLIP is its own text tower; CustomTextCLIP has one."""
         return self.network if hasattr(self.network, "token_embedding") else self.network.text
+
+    def _encode_and_caption(self, pixels: Tensor, ids: Tensor) -> Encoded:
+        """One pass, as open_clip's CoCa.forward: the decoder sees token t and guesses t + 1."""
+        image, image_states = self.network.visual(pixels.to(self.dtype))
+        text, text_states = self.network.text(ids)
+        return Encoded(
+            F.normalize(image.float(), dim=-1),
+            F.normalize(text.float(), dim=-1),
+            caption_logits=self.network.text_decoder(image_states, text_states[:, :-1]),
+        )
 
     def _encode_cut_text(self, ids: Tensor) -> Tensor:
         assert self.can_cut_text
@@ -167,12 +233,15 @@ class Model(nn.Module):
 def create(architecture: str | dict[str, Any], transform: ImageTransform | None = None) -> Model:
     """A model with fresh weights (draws from torch's global generator; seed it first).
 
-    `architecture`: an open_clip name, or an open_clip `model_cfg` table.
+    `architecture`: an open_clip name, an open_clip `model_cfg` table, or one of `clipserve.albef`.
     """
     table = architecture_config(architecture) if isinstance(architecture, str) else architecture
     network = build_network(table)
+    tokenizer = Tokenizer(table["text_cfg"])
     name = architecture if isinstance(architecture, str) else "custom"
-    return assemble(network, table, transform, Tokenizer(table["text_cfg"]), ModelInfo(name))
+    # where the vocabulary came from is nothing that a saved model, which holds it, depends on
+    text = {key: value for key, value in table["text_cfg"].items() if key != "tokenizer_path"}
+    return assemble(network, table | {"text_cfg": text}, transform, tokenizer, ModelInfo(name))
 
 
 def assemble(

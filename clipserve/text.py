@@ -1,7 +1,8 @@
 """Tokenizers behind one interface that says when it truncates.
 
-`Tokenizer` wraps the two kinds open_clip uses: CLIP's byte-pair encoding, which ships with
-open_clip, and transformers tokenizers, whose files travel in the model directory.
+`Tokenizer` wraps the two kinds open_clip uses, CLIP's byte-pair encoding, which ships with
+open_clip, and transformers tokenizers, and BERT's WordPiece, which ALBEF uses. The files of the
+latter two travel in the model directory.
 
 Legend: B batch, T text tokens.
 """
@@ -13,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipserve.errors import CheckpointError
+from clipserve import wordpiece
+from clipserve.bert import PAD_ID
+from clipserve.errors import CheckpointError, ConfigError
 from clipserve.towers import tokenizer_module
 
 # A token of English text is about 4 characters; nothing that fits the context is this long, and a
@@ -39,15 +42,18 @@ class Tokens:
 class Tokenizer:
     """Text -> token ids of one model, and whether the text fitted.
 
-    `text_config` is open_clip's `text_cfg`; `folder` holds the files of a transformers tokenizer
-    when the model directory has them.
+    `text_config` is `text_cfg` of an architecture; `folder` holds the tokenizer's files when the
+    model directory has them.
     """
 
     def __init__(self, text_config: dict[str, Any], folder: Path | None = None) -> None:
         self.context_length = int(text_config.get("context_length", 77))
         self._name = text_config.get("hf_tokenizer_name")
         options = text_config.get("tokenizer_kwargs") or {}
-        if self._name:
+        self._inner: Any
+        if text_config.get("tokenizer") == "wordpiece":
+            self._inner = _load_wordpiece(text_config, folder)
+        elif self._name:
             mode = text_config.get("tokenizer_mode")
             self._inner = _load_transformers_tokenizer(
                 str(folder or self._name), self.context_length, mode, options
@@ -77,8 +83,37 @@ class Tokenizer:
 
     def save(self, folder: Path) -> None:
         """Write what no package ships; nothing for CLIP's own tokenizer."""
-        if self._name:
+        if isinstance(self._inner, wordpiece.WordPiece):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / wordpiece.FILE).write_text(self._inner.content, encoding="utf-8")
+        elif self._name:
             self._inner.save_pretrained(str(folder))
+
+    @property
+    def mask_id(self) -> int | None:
+        """What stands for a masked word; None if the tokenizer has no such token."""
+        if self._name:
+            return self._inner.tokenizer.mask_token_id  # type: ignore[no-any-return]
+        return getattr(self._inner, "mask_id", None)
+
+    @property
+    def pad_id(self) -> int:
+        """What fills a short text up."""
+        return int(self._inner.tokenizer.pad_token_id or 0) if self._name else PAD_ID
+
+    @property
+    def special_ids(self) -> tuple[int, ...]:
+        """Tokens that stand for no part of a text: never masked, never put in a word's place."""
+        if self._name:
+            return tuple(self._inner.tokenizer.all_special_ids)
+        if isinstance(self._inner, wordpiece.WordPiece):
+            return self._inner.special_ids
+        return (PAD_ID, self._inner.sot_token_id, self._inner.eot_token_id)
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids are below it."""
+        return len(self._inner.tokenizer) if self._name else int(self._inner.vocab_size)
 
     def _encode(self, text: str) -> list[int]:
         inner = self._inner
@@ -102,6 +137,24 @@ def _cut(text: str, limit: int) -> tuple[str, bool]:
         return text, False
     text = " ".join(text.split())  # spaces are no tokens
     return text[:limit], len(text) > limit
+
+
+def _load_wordpiece(text_config: dict[str, Any], folder: Path | None) -> wordpiece.WordPiece:
+    """From the model directory, or for a new model from where the architecture says."""
+    named = text_config.get("tokenizer_path")
+    if folder is None and named is None:
+        raise ConfigError(
+            "a WordPiece tokenizer needs a vocabulary: name the folder of a local BERT, or of one"
+            " built from captions (clipserve.wordpiece.build), as text_cfg.tokenizer_path"
+        )
+    inner = wordpiece.load(folder or Path(str(named)))
+    size = text_config.get("vocab_size", inner.vocab_size)
+    if inner.vocab_size > size:
+        raise ConfigError(
+            f"the WordPiece vocabulary has {inner.vocab_size} tokens, more than the {size} of"
+            " text_cfg.vocab_size; make them equal"
+        )
+    return inner
 
 
 def _load_transformers_tokenizer(

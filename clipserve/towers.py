@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from clipserve.errors import ConfigError
 
@@ -41,30 +41,58 @@ def architecture_config(name: str) -> dict[str, Any]:
 
 
 def build_network(architecture: dict[str, Any]) -> nn.Module:
-    """An open_clip network with fresh weights, in training mode, on the CPU.
+    """A network with fresh weights, in training mode, on the CPU.
 
-    `architecture` is an open_clip `model_cfg` table. Nothing is downloaded. ConfigError if the
-    table is not one that open_clip understands.
+    `architecture` is an open_clip `model_cfg` table, or one with `fusion_cfg` as `clipserve.albef`
+    describes it. Nothing is downloaded. ConfigError if the table is not understood.
     """
     config = json.loads(json.dumps(architecture))
     text, vision = config.get("text_cfg"), config.get("vision_cfg")
     if not isinstance(text, dict) or not isinstance(vision, dict) or "embed_dim" not in config:
         raise ConfigError("model.architecture must hold embed_dim, vision_cfg and text_cfg")
-    if "multimodal_cfg" in config:
-        raise ConfigError("CoCa architectures (multimodal_cfg) are not supported yet")
+    if "fusion_cfg" in config:
+        from clipserve.albef import build as build_albef
+
+        return build_albef(config)
     custom = config.pop("custom_text", False) or "hf_model_name" in text
     if "hf_model_name" in text:
         text["hf_model_pretrained"] = False
     if "timm_model_name" in vision:
         vision["timm_model_pretrained"] = False
-    model = _open_clip_model_module(plain=is_plain(architecture))
-    build = model.CustomTextCLIP if custom else model.CLIP
     try:
-        network = build(**config)
+        if "multimodal_cfg" in config:
+            return _build_coca(config)
+        model = _open_clip_model_module(plain=is_plain(architecture))
+        network = (model.CustomTextCLIP if custom else model.CLIP)(**config)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise ConfigError(f"open_clip cannot build model.architecture: {error}") from error
     assert isinstance(network, nn.Module)
     return network
+
+
+def build_image_tower(embed_dim: int, vision: dict[str, Any], quick_gelu: bool) -> nn.Module:
+    """The image tower of an open_clip network alone; `vision` is its `vision_cfg`."""
+    model = _open_clip_model_module(plain=is_plain({"vision_cfg": vision, "text_cfg": {}}))
+    try:
+        tower = model._build_vision_tower(embed_dim, vision, quick_gelu)
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        raise ConfigError(f"open_clip cannot build vision_cfg: {error}") from error
+    assert isinstance(tower, nn.Module)
+    return tower
+
+
+def trunk_features(tower: Any, pixels: Tensor) -> Tensor:
+    """(B, F) what an image tower knows of normalised pixels before its projection to E.
+
+    Of towers other than open_clip's and timm's transformers: what comes after it.
+    """
+    if hasattr(tower, "trunk"):
+        features: Tensor = tower.trunk(pixels)
+    elif type(tower).__name__ == "VisionTransformer":
+        features, _ = tower._pool(tower.transformer(tower._embeds(pixels)))
+    else:
+        features = tower(pixels)
+    return features
 
 
 def is_plain(architecture: dict[str, Any]) -> bool:
@@ -85,6 +113,40 @@ def tokenizer_module() -> Any:
 def zero_shot_module() -> Any:
     """`open_clip.zero_shot_metadata`, without the rest of open_clip."""
     return _import_alone("open_clip.zero_shot_metadata")
+
+
+def _build_coca(config: dict[str, Any]) -> nn.Module:
+    """open_clip's CoCa (arXiv:2205.01917), refused where its decoder could not learn to caption."""
+    text, vision = config["text_cfg"], config["vision_cfg"]
+    if "hf_model_name" in text or text.get("no_causal_mask"):
+        raise ConfigError(
+            "a text tower of CoCa (multimodal_cfg) must be open_clip's own and causal: it may not"
+            " see the words that are to be written; leave out hf_model_name and no_causal_mask"
+        )
+    if not is_plain(config) or not text.get("output_tokens") or not vision.get("output_tokens"):
+        raise ConfigError(
+            "both towers of CoCa (multimodal_cfg) must hand over their tokens; use open_clip's own"
+            " ViT, and output_tokens = true in vision_cfg and text_cfg"
+        )
+    import open_clip.coca_model
+
+    network = open_clip.coca_model.CoCa(**config)
+    decoder = network.text_decoder
+    widths = (network.visual.ln_post.normalized_shape[0], network.text.width, decoder.width)
+    if len(set(widths)) > 1:
+        raise ConfigError(
+            f"tokens of CoCa's image tower, text tower and decoder are {widths} wide; make them"
+            " equal (of the image tower: embed_dim with attentional_pool, else width)"
+        )
+    if decoder.context_length < network.text.context_length - 1:
+        raise ConfigError(
+            f"multimodal_cfg.context_length {decoder.context_length} is shorter than the captions,"
+            f" of {network.text.context_length} tokens; make it text_cfg.context_length"
+        )
+    # open_clip 3.3 leaves it as the memory was: nothing calls the decoder's init_parameters.
+    nn.init.normal_(decoder.text_projection, std=decoder.width**-0.5)
+    assert isinstance(network, nn.Module)
+    return network
 
 
 def _open_clip_model_module(plain: bool) -> Any:

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from albefs import CAPTIONS, timm_vision, tiny_albef
 from conftest import make_picture
+from safetensors.torch import load_file
 
 import clipserve
 from clipserve import checkpoint
@@ -170,3 +172,89 @@ def test_a_timm_tower_survives_the_round_trip(architecture: dict[str, Any], tmp_
     assert np.allclose(loaded.embed_images(pictures), model.embed_images(pictures), atol=1e-6)
     half = clipserve.load(tmp_path / "m", device="cpu", dtype="bf16")
     assert (half.embed_images(pictures) * loaded.embed_images(pictures)).sum() > 0.999
+
+
+# ---- ALBEF
+
+
+@pytest.fixture(params=["open_clip", "timm"])
+def albef_dir(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    model = tiny_albef(tmp_path / "words", timm_vision() if request.param == "timm" else None)
+    checkpoint.save(model, tmp_path / "albef", name="albef", objective=("matching",))
+    return tmp_path / "albef"
+
+
+def test_an_albef_is_loaded_as_it_was_saved(tmp_path: Path) -> None:
+    model = tiny_albef(tmp_path / "words")
+    fingerprint = checkpoint.save(model, tmp_path / "m", name="m")
+    shutil.rmtree(tmp_path / "words")
+    loaded = clipserve.load(tmp_path / "m", device="cpu", dtype="fp32")
+    assert loaded.info.fingerprint == fingerprint
+    assert loaded.architecture == model.architecture
+    before, after = model.network.state_dict(), loaded.network.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert after["logit_scale"].dtype == torch.float64
+    assert np.array_equal(model.embed_texts(CAPTIONS), loaded.embed_texts(CAPTIONS))
+    pictures = [make_picture(seed=i) for i in range(3)]
+    assert np.array_equal(model.match(pictures, CAPTIONS[:3]), loaded.match(pictures, CAPTIONS[:3]))
+
+
+def test_an_albef_has_files_of_its_own(albef_dir: Path) -> None:
+    names = {file.name for file in albef_dir.iterdir()}
+    expected = {"clipserve.json", "README.md", "tokenizer", checkpoint.TOWERS, checkpoint.FUSION}
+    assert names == expected
+    card = (albef_dir / "README.md").read_text()
+    assert "open_clip" not in card
+    assert "model.match" in card
+    towers = load_file(albef_dir / checkpoint.TOWERS)
+    fusion = load_file(albef_dir / checkpoint.FUSION)
+    parts = {name.split(".")[0] for name in towers}
+    assert parts == {"visual", "text", "text_projection", "logit_scale"}
+    assert {name.split(".")[0] for name in fusion} == {"fusion", "matching_head", "token_head"}
+
+
+def test_each_file_of_an_albef_decides_its_fingerprint(tmp_path: Path) -> None:
+    model = tiny_albef(tmp_path / "words")
+    found = {checkpoint.save(model, tmp_path / "a", name="a")}
+    for parameter in (model.network.logit_scale, model.network.matching_head.bias):
+        with torch.no_grad():
+            parameter += 1e-3
+        found.add(checkpoint.save(model, tmp_path / "b", name="b"))
+    assert len(found) == 3
+
+
+@pytest.mark.parametrize("name", [checkpoint.TOWERS, checkpoint.FUSION])
+def test_a_damaged_or_missing_file_of_an_albef_is_named(albef_dir: Path, name: str) -> None:
+    file = albef_dir / name
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(CheckpointError, match=f"{name} is damaged"):
+        checkpoint.load(albef_dir)
+    file.unlink()
+    with pytest.raises(CheckpointError, match=name):
+        checkpoint.verify(albef_dir)
+    with pytest.raises(CheckpointError, match=name):
+        checkpoint.load(albef_dir, verify=False)
+
+
+def test_momentum_weights_travel_but_decide_nothing(tmp_path: Path) -> None:
+    model = tiny_albef(tmp_path / "words")
+    momentum = {"queue.image": torch.rand(4, 16)}
+    without = checkpoint.save(model, tmp_path / "a", name="a")
+    assert checkpoint.save(model, tmp_path / "b", name="b", momentum=momentum) == without
+    found = checkpoint.load_momentum(tmp_path / "b")
+    assert found is not None
+    assert torch.equal(found["queue.image"], momentum["queue.image"])
+    assert checkpoint.load_momentum(tmp_path / "a") is None
+    assert checkpoint.MOMENTUM in checkpoint.verify(tmp_path / "b")["files"]
+    (tmp_path / "b" / checkpoint.MOMENTUM).unlink()
+    with pytest.raises(CheckpointError, match=checkpoint.MOMENTUM):
+        checkpoint.verify(tmp_path / "b")
+
+
+def test_an_albef_without_its_vocabulary_is_damaged(albef_dir: Path) -> None:
+    shutil.rmtree(albef_dir / "tokenizer")
+    for verify in (True, False):
+        with pytest.raises(CheckpointError, match="tokenizer"):
+            checkpoint.load(albef_dir, verify=verify)

@@ -1,10 +1,14 @@
+import copy
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from albefs import CAPTIONS, vocabulary
 
-from clipserve.errors import CheckpointError
+from clipserve.errors import CheckpointError, ConfigError
 from clipserve.text import Tokenizer
 
 
@@ -81,3 +85,58 @@ def test_a_transformers_tokenizer_reports_truncation_and_travels(
 def test_a_tokenizer_that_is_not_there_says_what_to_do() -> None:
     with pytest.raises(CheckpointError, match=r"no/such/folder.*local folder"):
         Tokenizer({"context_length": 4, "hf_tokenizer_name": "no/such/folder"})
+
+
+@pytest.fixture
+def wordpiece_config(tmp_path: Path) -> dict[str, Any]:
+    folder = vocabulary(tmp_path / "bert")
+    return {"context_length": 6, "tokenizer": "wordpiece", "tokenizer_path": str(folder)}
+
+
+def test_wordpiece_rows_begin_and_end_as_berts(wordpiece_config: dict[str, Any]) -> None:
+    tokenizer = Tokenizer(wordpiece_config)
+    tokens = tokenizer(["a red cat", "a red cat a", "a red cat a dog and", ""])
+    assert tokens.truncated == [False, False, True, False]
+    assert tokens.lengths == [5, 6, 6, 2]
+    assert tokens.ids[0].tolist() == [2, *tokenizer._encode("a red cat")[1:-1], 3, 0]
+    assert tokens.ids[2, -1] == 3  # the end stays
+    assert tokens.ids[3].tolist() == [2, 3, 0, 0, 0, 0]
+    assert torch.equal(tokens.ids[1, :5], tokens.ids[2, :5])
+
+
+def test_wordpiece_files_travel(wordpiece_config: dict[str, Any], tmp_path: Path) -> None:
+    tokenizer = Tokenizer(wordpiece_config)
+    tokenizer.save(tmp_path / "saved")
+    moved = Tokenizer({"context_length": 6, "tokenizer": "wordpiece"}, tmp_path / "saved")
+    assert torch.equal(moved(CAPTIONS).ids, tokenizer(CAPTIONS).ids)
+
+
+def test_wordpiece_without_a_vocabulary_says_what_to_do() -> None:
+    with pytest.raises(ConfigError, match=r"text_cfg\.tokenizer_path"):
+        Tokenizer({"context_length": 6, "tokenizer": "wordpiece"})
+
+
+def test_more_tokens_than_the_network_has_are_refused(wordpiece_config: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"more than the 50 of text_cfg\.vocab_size"):
+        Tokenizer(wordpiece_config | {"vocab_size": 50})
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda t: pickle.loads(pickle.dumps(t))])
+def test_tokenizers_can_be_copied_to_workers(
+    wordpiece_config: dict[str, Any], duplicate: Callable[[Tokenizer], Tokenizer]
+) -> None:
+    for config in (wordpiece_config, {"context_length": 8}):
+        tokenizer = Tokenizer(config)
+        assert torch.equal(duplicate(tokenizer)(CAPTIONS).ids, tokenizer(CAPTIONS).ids)
+
+
+def test_special_tokens_are_named(wordpiece_config: dict[str, Any], word_tokenizer: Path) -> None:
+    bert = Tokenizer(wordpiece_config)
+    assert (bert.pad_id, bert.mask_id, bert.special_ids) == (0, 4, (0, 1, 2, 3, 4))
+    assert max(map(max, (bert._encode(text) for text in CAPTIONS))) < bert.vocab_size <= 120
+    clip = Tokenizer({"context_length": 8})
+    assert (clip.pad_id, clip.mask_id, clip.vocab_size) == (0, None, 49408)
+    assert clip.special_ids == (0, 49406, 49407)
+    other = Tokenizer({"context_length": 4, "hf_tokenizer_name": str(word_tokenizer)})
+    assert (other.pad_id, other.mask_id, other.vocab_size) == (0, None, 8)
+    assert set(other.special_ids) == {0, 1}

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from cocas import coca_architecture
 
 from clipserve.errors import ConfigError
 from clipserve.towers import architecture_config, build_network, is_plain
@@ -50,6 +51,47 @@ def test_a_timm_tower_builds(architecture: dict[str, Any]) -> None:
     }
     network: Any = build_network(architecture).eval()
     assert network.visual(torch.zeros(1, 3, 32, 32)).shape == (1, 16)
+
+
+def test_the_published_coca_tables_build() -> None:
+    with torch.device("meta"):
+        for name in ("coca_ViT-B-32", "coca_base"):
+            network: Any = build_network(architecture_config(name))
+            assert network.text_decoder.text_projection.shape[1] == network.text.vocab_size
+
+
+def test_a_fresh_coca_depends_on_the_seed_alone() -> None:
+    networks = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        networks.append(build_network(coca_architecture()))
+    first, second = (network.state_dict() for network in networks)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    output = first["text_decoder.text_projection"]
+    assert output.std().item() == pytest.approx(32**-0.5, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "reason"),
+    [
+        ("text_cfg", {"no_causal_mask": True}, "causal"),
+        ("text_cfg", {"hf_model_name": "roberta-base"}, "causal"),
+        ("text_cfg", {"output_tokens": False}, "output_tokens"),
+        ("vision_cfg", {"output_tokens": False}, "output_tokens"),
+        ("vision_cfg", {"timm_model_name": "resnet10t"}, "output_tokens"),
+        ("vision_cfg", {"attentional_pool": False, "width": 48}, "wide"),
+        ("multimodal_cfg", {"width": 48}, "wide"),
+        ("multimodal_cfg", {"context_length": 14}, "context_length"),
+        ("multimodal_cfg", {"wdith": 48}, "cannot build"),
+    ],
+)
+def test_a_coca_that_could_not_caption_is_refused(
+    part: str, change: dict[str, Any], reason: str
+) -> None:
+    table = coca_architecture()
+    table[part] |= change
+    with pytest.raises(ConfigError, match=reason):
+        build_network(table)
 
 
 LIGHT_AND_FULL_AGREE = """

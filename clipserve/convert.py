@@ -1,0 +1,307 @@
+"""The published ALBEF checkpoints, in and out (github.com/salesforce/ALBEF, models/).
+
+Such a file is `torch.save({"model": tensors, ...})` with the weights, their momentum copies (`_m`)
+and the queues. Read and written again it is the same, tensor by tensor, bit by bit. Pre-trained
+ones hold a whole BertForMaskedLM; those fine-tuned for retrieval a BertModel, without a head for
+masked words, and a queue of picture ids. Start at `import_checkpoint`.
+
+Legend: E embedding, K queue length, G patches along a side, D width.
+"""
+
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from clipserve import checkpoint
+from clipserve.albef import Albef, TimmTower
+from clipserve.errors import CheckpointError, ConfigError
+from clipserve.files import sync
+from clipserve.images import ImageTransform
+from clipserve.model import Model, ModelInfo, assemble
+from clipserve.text import Tokenizer
+from clipserve.towers import build_network
+from clipserve.weights import bert_names, check_names, interpolate_positions, read_tensors
+
+_HEAD_WIDTH = 64
+"""of BERT's and DeiT's attention; the one size that cannot be read from the weights"""
+_CONTEXT_LENGTH = 30
+"""what the published models were fine-tuned and tested with; not in the file"""
+_TOWERS = {
+    "visual.trunk.": "visual_encoder",
+    "visual.projection.": "vision_proj",
+    "text_projection.": "text_proj",
+}
+_QUEUE = {
+    "queue.image": "image_queue",
+    "queue.text": "text_queue",
+    "queue.cursor": "queue_ptr",
+    "queue.pictures": "idx_queue",
+}
+_WORDS, _DECODER = "bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"
+_BIAS, _DECODER_BIAS = "cls.predictions.bias", "cls.predictions.decoder.bias"
+
+
+def import_checkpoint(
+    source: Path,
+    out: Path,
+    kind: Literal["albef"] = "albef",
+    image_size: int | None = None,
+    tokenizer: Path | None = None,
+) -> str:
+    """Write a model directory from somebody else's checkpoint; returns its fingerprint.
+
+    `tokenizer` is the folder of the BERT whose vocabulary the model was trained with; `image_size`
+    another input size than the checkpoint's. Raises ConfigError or CheckpointError.
+    """
+    _check_kind(kind)
+    if tokenizer is None:
+        raise ConfigError(
+            "an ALBEF checkpoint does not hold its vocabulary; name the folder of a local"
+            " bert-base-uncased (its vocab.txt or tokenizer.json) as the tokenizer"
+        )
+    model, momentum = read_albef(source, tokenizer, image_size)
+    words = () if model.network.token_head is None else ("masked_language",)
+    objective = ("momentum_contrast", "matching", *words)
+    return checkpoint.save(model, out, name=source.stem, objective=objective, momentum=momentum)
+
+
+def export_checkpoint(source: Path, out: Path, kind: Literal["albef"] = "albef") -> None:
+    """Write the model of a directory, and its momentum weights if it has any, as ALBEF's file."""
+    _check_kind(kind)
+    model = checkpoint.load_for_training(source)
+    write_albef(model, checkpoint.load_momentum(source), out)
+
+
+def read_albef(
+    file: Path, tokenizer: Path, image_size: int | None = None
+) -> tuple[Model, dict[str, Tensor] | None]:
+    """The model in a published checkpoint, and what it remembers beside it.
+
+    Sizes and numbers of layers are the tensors'; heads are 64 wide. Half-precision tensors become
+    float32, which is exact. The second value holds `twin.NAME` for each parameter of the network
+    that has a momentum copy, and `queue.image` and `queue.text` (K, E), `queue.cursor` (1,),
+    `queue.pictures` (K,) if there is one; it is None for a file without. Raises CheckpointError,
+    naming tensors that are missing or left over; ConfigError for another vocabulary.
+    """
+    tensors = {name: _widen(tensor) for name, tensor in read_tensors(file).items()}
+    online = {name: t for name, t in tensors.items() if not _is_momentum(name)}
+    kept = {name: t for name, t in tensors.items() if name not in online}
+    table = _architecture(online, file)
+    own_size = table["vision_cfg"]["image_size"]
+    table["vision_cfg"]["image_size"] = image_size or own_size
+    network = build_network(table)
+    assert isinstance(network, Albef)
+    visual: Any = network.visual
+    weights = _from_published(online, _names(network, momentum=False), file)
+    momentum = _read_momentum(kept, network, file) if kept else None
+    grid = int(visual.trunk.patch_embed.grid_size[0])
+    for group, prefix in ((weights, ""), (momentum or {}, "twin.")):
+        name = f"{prefix}visual.trunk.pos_embed"
+        if name in group:
+            group[name] = interpolate_positions(group[name], grid)
+    _load(network, weights, file)
+    words = Tokenizer(table["text_cfg"] | {"tokenizer_path": str(tokenizer)})
+    if words.vocab_size != table["text_cfg"]["vocab_size"]:
+        raise ConfigError(
+            f"{tokenizer} has {words.vocab_size} tokens, {file} was trained with"
+            f" {table['text_cfg']['vocab_size']}: it is another vocabulary"
+        )
+    size = table["vision_cfg"]["image_size"]
+    transform = ImageTransform((size, size), resize_mode="squash")
+    model = assemble(network.eval(), table, transform, words, ModelInfo(file.stem))
+    return model, momentum
+
+
+def write_albef(model: Model, momentum: Mapping[str, Tensor] | None, file: Path) -> None:
+    """Write the published layout, float32; the inverse of `read_albef`.
+
+    `momentum` as that returns it; None leaves momentum copies and queues out. Raises ConfigError
+    for a model that the layout cannot hold.
+    """
+    network = model.network
+    if not isinstance(network, Albef) or not isinstance(network.visual, TimmTower):
+        raise ConfigError("ALBEF's format holds models with fusion_cfg and a timm ViT only")
+    weights = network.state_dict()
+    tensors = _to_published(weights, _names(network, momentum=False))
+    if momentum is not None:
+        twin = {k.removeprefix("twin."): v for k, v in momentum.items() if k.startswith("twin.")}
+        tensors |= _to_published(twin, _names(network, momentum=True))
+        tensors |= {
+            theirs: _turn(ours, momentum[ours])
+            for ours, theirs in _QUEUE.items()
+            if ours in momentum
+        }
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        torch.save({"model": tensors}, temporary)
+        sync(temporary)
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync(file.parent)
+
+
+def _check_kind(kind: str) -> None:
+    if kind != "albef":
+        raise ConfigError(f"unknown kind of checkpoint {kind!r}; known: albef")
+
+
+def _names(network: Albef, momentum: bool) -> dict[str, str]:
+    """Our name -> the published one, for all weights, or for all that have a momentum copy."""
+    mark = "_m" if momentum else ""
+    has_head = network.token_head is not None
+    names = {
+        ours: f"text_encoder{mark}.{theirs}"
+        for ours, theirs in bert_names(
+            len(network.text.layers), len(network.fusion), has_head
+        ).items()
+    }
+    for name in network.state_dict():
+        for ours, theirs in _TOWERS.items():
+            if name.startswith(ours):
+                names[name] = f"{theirs}{mark}.{name.removeprefix(ours)}"
+    if not momentum:
+        heads = ("matching_head.weight", "matching_head.bias")
+        names |= {name: name.replace("matching_head", "itm_head") for name in heads}
+        names["logit_scale"] = "temp"
+    return names
+
+
+def _copies(names: Iterable[str]) -> dict[str, str]:
+    """Published names under which a tensor is stored a second time -> the first."""
+    found = {}
+    for name in names:
+        for first, second in ((_WORDS, _DECODER), (_BIAS, _DECODER_BIAS)):
+            if name.endswith(f".{first}"):
+                found[f"{name.removesuffix(first)}{second}"] = name
+    has_decoder = any(name.endswith(_BIAS) for name in names)
+    return found if has_decoder else {}
+
+
+def _from_published(
+    tensors: dict[str, Tensor], names: dict[str, str], file: Path
+) -> dict[str, Tensor]:
+    """Tensors under our names; CheckpointError for any that is missing, left over or untied."""
+    found = {}
+    for name, tensor in tensors.items():
+        if not name.endswith(".embeddings.position_ids"):
+            found[name] = tensor
+        elif not torch.equal(tensor.flatten(), torch.arange(tensor.numel())):
+            raise CheckpointError(f"{file}: {name} is not 0, 1, 2, ...")
+    copies = _copies(names.values())
+    check_names(file, found, [*names.values(), *copies])
+    for second, first in copies.items():
+        if not torch.equal(found[first], found[second]):
+            raise CheckpointError(f"{file}: {second} differs from {first}, to which it is tied")
+    weights = {ours: found[theirs] for ours, theirs in names.items()}
+    if "logit_scale" in weights:
+        if not 0 < weights["logit_scale"] < math.inf:
+            raise CheckpointError(f"{file}: temp is {weights['logit_scale'].item()}")
+        weights["logit_scale"] = -weights["logit_scale"].double().log()
+    return weights
+
+
+def _to_published(weights: Mapping[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:
+    tensors = {theirs: weights[ours].detach().cpu() for ours, theirs in names.items()}
+    if "temp" in tensors:
+        tensors["temp"] = tensors["temp"].neg().exp()  # in float64, then rounded once
+    tensors = {name: tensor.float() for name, tensor in tensors.items()}
+    tensors |= {second: tensors[first] for second, first in _copies(tensors).items()}
+    for name in [name for name in tensors if name.endswith(".position_embeddings.weight")]:
+        place = name.removesuffix("position_embeddings.weight")
+        tensors[f"{place}position_ids"] = torch.arange(len(tensors[name]))[None]
+    return tensors
+
+
+def _is_momentum(name: str) -> bool:
+    return name in _QUEUE.values() or name.split(".")[0].endswith("_m")
+
+
+def _read_momentum(tensors: dict[str, Tensor], network: Albef, file: Path) -> dict[str, Tensor]:
+    queues = set(_QUEUE.values())
+    twin = {name: tensor for name, tensor in tensors.items() if name not in queues}
+    weights = _from_published(twin, _names(network, momentum=True), file)
+    queue = {
+        ours: _turn(ours, tensors[theirs]) for ours, theirs in _QUEUE.items() if theirs in tensors
+    }
+    check_names(file, {_QUEUE[name] for name in queue} | {"idx_queue"}, queues)
+    return {f"twin.{name}": tensor for name, tensor in weights.items()} | queue
+
+
+def _turn(name: str, queue: Tensor) -> Tensor:
+    """Theirs holds an entry in each column, ours in each row; and the way back."""
+    if name == "queue.cursor":
+        return queue
+    if name == "queue.pictures":  # (1, K) <-> (K,)
+        return queue[0] if queue.ndim == 2 else queue[None]
+    return queue.T.contiguous()  # (E, K) <-> (K, E)
+
+
+def _widen(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def _load(network: Albef, weights: dict[str, Tensor], file: Path) -> None:
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1:2] or [str(error)]
+        raise CheckpointError(f"{file} is not one ALBEF: {first[0].strip()}") from None
+
+
+def _architecture(tensors: dict[str, Tensor], file: Path) -> dict[str, Any]:
+    """The table of an ALBEF with tensors of these shapes."""
+
+    def shape(name: str) -> tuple[int, ...]:
+        if name not in tensors:
+            raise CheckpointError(f"{file} is no published ALBEF checkpoint: it lacks {name}")
+        return tuple(tensors[name].shape)
+
+    has_head = f"text_encoder.{_BIAS}" in tensors
+    bert = "text_encoder.bert" if has_head else "text_encoder"
+    vocab_size, width = shape(f"{bert}.embeddings.word_embeddings.weight")
+    positions, _ = shape(f"{bert}.embeddings.position_embeddings.weight")
+    layers = _count(tensors, f"{bert}.encoder.layer.")
+    fusion_layers = sum(
+        f"{bert}.encoder.layer.{number}.crossattention.self.query.weight" in tensors
+        for number in range(layers)
+    )
+    image_width, _, patch, _ = shape("visual_encoder.patch_embed.proj.weight")
+    _, rows, _ = shape("visual_encoder.pos_embed")
+    if width % _HEAD_WIDTH or image_width % _HEAD_WIDTH:
+        raise CheckpointError(
+            f"{file} has widths {width} and {image_width}; ALBEF's are multiples of {_HEAD_WIDTH}"
+        )
+    return {
+        "embed_dim": shape("vision_proj.weight")[0],
+        "vision_cfg": {
+            "timm_model_name": "vit_base_patch16_224",
+            "image_size": math.isqrt(rows - 1) * patch,
+            "patch_size": patch,
+            "width": image_width,
+            "layers": _count(tensors, "visual_encoder.blocks."),
+            "head_width": _HEAD_WIDTH,
+            "mlp_ratio": shape("visual_encoder.blocks.0.mlp.fc1.weight")[0] / image_width,
+        },
+        "text_cfg": {
+            "context_length": min(_CONTEXT_LENGTH, positions),
+            "vocab_size": vocab_size,
+            "width": width,
+            "heads": width // _HEAD_WIDTH,
+            "layers": layers - fusion_layers,
+            "intermediate": shape(f"{bert}.encoder.layer.0.intermediate.dense.weight")[0],
+            "positions": positions,
+            "tokenizer": "wordpiece",
+        },
+        "fusion_cfg": {"layers": fusion_layers, "token_head": has_head},
+    }
+
+
+def _count(tensors: Iterable[str], prefix: str) -> int:
+    """How many numbered parts there are under a prefix."""
+    return len({name[len(prefix) :].split(".")[0] for name in tensors if name.startswith(prefix)})
