@@ -112,6 +112,11 @@ class TimmConfig:
                 f"vision_cfg: ALBEF's timm towers have timm_pool = 'token' and timm_proj ="
                 f" 'linear', not {self.timm_pool!r} and {self.timm_proj!r}"
             )
+        if self.timm_model_pretrained:
+            raise ConfigError(
+                "vision_cfg.timm_model_pretrained: weights are not downloaded; name a file of them"
+                " as model.pretrained_image"
+            )
         if (self.width is None) != (self.head_width is None):
             raise ConfigError("vision_cfg: width and head_width go together, or are both absent")
 
@@ -162,7 +167,7 @@ class Albef(nn.Module):
         self.token_head = TokenHead(text.width, text.vocab_size) if fusion.token_head else None
         for name, module in self.named_children():
             if name != "visual":
-                module.apply(initialise)
+                initialise(module, text.width)
         # float64: a published float32 temperature comes back from log and exp to the last bit
         self.logit_scale = nn.Parameter(torch.tensor(init_logit_scale, dtype=torch.float64))
 
@@ -222,7 +227,7 @@ class TimmTower(nn.Module):
         super().__init__()
         self.trunk = trunk
         self.projection = nn.Linear(trunk.num_features, embed_dim)
-        self.projection.apply(initialise)
+        initialise(self.projection, trunk.num_features)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Features (B, E)."""

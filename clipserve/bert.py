@@ -8,6 +8,8 @@ BERT does; without cross-attention they compute what `transformers.BertModel` co
 Legend: B batch, T text tokens, D width, S tokens attended to, V vocabulary, H heads.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 PAD_ID = 0
 """the token that fills a short text up; never attended to"""
 _EPS = 1e-12
-_INIT_STD = 0.02
+_INIT_STD, _INIT_WIDTH = 0.02, 768
 
 
 class TextEncoder(nn.Module):
@@ -83,7 +85,10 @@ class Layer(nn.Module):
         self.mlp = Mlp(width, intermediate, dropout)
 
     def forward(self, x: Tensor, mask: Tensor, image_states: Tensor | None = None) -> Tensor:
-        """(B, T, D) -> (B, T, D). mask (B, 1, 1, T), see `visible`; image_states (B, S, D')."""
+        """(B, T, D) -> (B, T, D). mask (B, 1, 1, T), see `visible`; image_states (B, S, D').
+
+        image_states of fewer rows serve several texts each, see `Attention`.
+        """
         x = self.self_attention(x, x, mask)
         if self.cross_attention is not None:
             x = self.cross_attention(x, image_states)
@@ -105,14 +110,20 @@ class Attention(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, source: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x (B, T, D), source (B, S, D') -> (B, T, D); mask is true where S may be looked at."""
+        """x (B, T, D), source (B, S, D') -> (B, T, D); mask is true where S may be looked at.
+
+        Without a mask, source may have fewer rows: of G rows each is what B / G successive rows of
+        x look at, and its keys and values are computed once for them all.
+        """
+        same = len(x) == len(source)
+        rows = x if same else x.reshape(len(source), -1, x.shape[-1])  # (G, B / G * T, D)
         query, key, value = (
-            part.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, T or S, D / H)
-            for part in (self.query(x), self.key(source), self.value(source))
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B or G, H, tokens, D / H)
+            for part in (self.query(rows), self.key(source), self.value(source))
         )
         rate = self.dropout.p if self.training else 0.0
         found = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=rate)
-        found = found.transpose(1, 2).flatten(2)  # (B, T, D)
+        found = found.transpose(1, 2).reshape(x.shape)  # (B, T, D)
         x = self.norm(x + self.dropout(self.output(found)))
         return x
 
@@ -157,9 +168,14 @@ def visible(ids: Tensor) -> Tensor:
     return mask[:, None, None, :]
 
 
-def initialise(module: nn.Module) -> None:
-    """BERT's first weights, for `nn.Module.apply`: normal with deviation 0.02, biases zero."""
-    if isinstance(module, nn.Linear | nn.Embedding):
-        nn.init.normal_(module.weight, std=_INIT_STD)
-    if isinstance(module, nn.Linear):
-        nn.init.zeros_(module.bias)
+def initialise(root: nn.Module, width: int) -> None:
+    """BERT's first weights, in place: normal with deviation 0.02, biases zero.
+
+    0.02 is for BERT's width of 768; narrower layers get more, so that what they put out is alike.
+    """
+    std = _INIT_STD * math.sqrt(_INIT_WIDTH / width)
+    for module in root.modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=std)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)

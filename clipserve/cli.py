@@ -277,6 +277,12 @@ def evaluate(
         str, typer.Option(help="zeroshot: the JSON field with the class; `caption` for the text.")
     ] = "caption",
     templates: Annotated[str, typer.Option(help="zeroshot: template set or file.")] = "none",
+    rerank: Annotated[
+        int, typer.Option(min=0, help="retrieval: candidates that ALBEF's matching orders again.")
+    ] = 0,
+    plus_cosine: Annotated[
+        bool, typer.Option("--plus-cosine", help="Order them by matching and cosine together.")
+    ] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
@@ -286,9 +292,13 @@ def evaluate(
     from training.evaluate.report import evaluate as run
 
     wanted = [task.strip() for task in tasks.split(",") if task.strip()]
+    if rerank and "retrieval" not in wanted:
+        raise ConfigError("--rerank is for the task retrieval; add it to --tasks")
+    if plus_cosine and not rerank:
+        raise ConfigError("--plus-cosine needs --rerank K, the number of candidates")
     shards = ShardSet.open(data)
     loaded = load(model, device, dtype)
-    print_json(run(loaded, shards, wanted, label_field, templates))
+    print_json(run(loaded, shards, wanted, label_field, templates, rerank, plus_cosine))
 
 
 @app.command()
@@ -466,6 +476,39 @@ def classify(
             print_line("  ".join([str(image), *(f"{name} {p:.1%}" for name, p in best)]))
     if as_json:
         print_json(results)
+
+
+@app.command("import")
+def import_model(
+    source: Annotated[Path, typer.Argument(help="The checkpoint file.")],
+    out: Annotated[Path, typer.Argument(help="Model directory to write.")],
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Folder of the BERT whose vocabulary it was trained with.")
+    ] = None,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Another input size; positions are interpolated.")
+    ] = None,
+) -> None:
+    """Make a model directory of a checkpoint that ALBEF published."""
+    from clipserve.convert import import_checkpoint
+
+    fingerprint = import_checkpoint(source, out, "albef", image_size, tokenizer)
+    print_line(f"model: {out} ({fingerprint[:12]})")
+
+
+@app.command("export")
+def export_model(
+    model: ModelDir,
+    out: Annotated[Path, typer.Argument(help="File to write.")],
+    to: Annotated[str, typer.Option(help="albef: the layout that ALBEF publishes.")] = "albef",
+) -> None:
+    """Write a model directory as others read it."""
+    from clipserve.convert import export_checkpoint
+
+    if to != "albef":
+        raise ConfigError(f"--to {to!r}: only albef is known")
+    export_checkpoint(Path(model), out, "albef")
+    print_line(f"written: {out}")
 
 
 @app.command()

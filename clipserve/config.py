@@ -11,33 +11,32 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from clipserve.errors import ConfigError
+from clipserve.objectives import Contrastive, Objective, check_objectives
+from clipserve.sections import Section, Weight
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
-Weight = Annotated[float, Field(gt=0)]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
-    )
-
-
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """Which network is trained, and from which weights."""
 
     preset: str | None = None
-    """a table of defaults shipped with clipserve (`tiny`, `clip_vit_b32`) for any section"""
+    """a table of defaults shipped with clipserve for any section; docs/objectives.md lists them"""
     architecture: str | dict[str, Any] | None = None
-    """an open_clip architecture by name (`ViT-B-32`), or its configuration as an inline table"""
+    """an open_clip architecture by name (`ViT-B-32`), or a table: open_clip's, or an ALBEF's"""
     pretrained: str | None = None
     """clipserve model directory to start from; an architecture given as well must be its own"""
+    pretrained_image: str | None = None
+    """weights for an ALBEF's image tower: a timm ViT's or DeiT's file, open_clip's, or a model's"""
+    pretrained_text: str | None = None
+    """folder of a local BERT for an ALBEF's text and fusion layers, and its vocabulary"""
 
 
-class TrainData(_Section):
+class TrainData(Section):
     """One of the sets to train on."""
 
     path: Annotated[str, Field(min_length=1)]
@@ -52,7 +51,7 @@ def _as_list(value: object) -> object:
     return [{"path": item} if isinstance(item, str) else item for item in items]
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """Where the captioned pictures come from, and how a batch is made of them."""
 
     train: Annotated[tuple[TrainData, ...], BeforeValidator(_as_list)]
@@ -69,6 +68,10 @@ class DataConfig(_Section):
     """of a source: a caption made of columns, "{title}, {colour}" """
     caption_fields: Annotated[dict[str, Weight], Field(min_length=1)] | None = None
     """of shards: JSON fields to draw the caption from, with weights; `caption` is the packed one"""
+    label_field: str | None = None
+    """of shards: JSON field with the class of a picture, for objectives with labels"""
+    picture_field: str | None = None
+    """of shards: JSON field that names a picture; absent: its bytes tell which are the same"""
     batch_size: Annotated[int, Field(ge=2)] = 256
     """pairs in one optimizer step, over all processes"""
     last_batch: Literal["drop", "keep", "pad"] = "drop"
@@ -111,16 +114,7 @@ class DataConfig(_Section):
         return self
 
 
-class ObjectiveConfig(_Section):
-    """One term of the loss."""
-
-    name: Literal["contrastive"]
-    """contrastive: symmetric image-text InfoNCE over the global batch (CLIP)"""
-    weight: Weight = 1.0
-    """factor of this term in the sum"""
-
-
-class OptimConfig(_Section):
+class OptimConfig(Section):
     """AdamW with open_clip's decay groups, and the learning rate over time."""
 
     lr: Annotated[float, Field(gt=0)] = 5e-4
@@ -139,7 +133,7 @@ class OptimConfig(_Section):
     """largest norm of the gradient; absent: not clipped"""
 
 
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """How long, how precisely, how often."""
 
     epochs: Annotated[int, Field(ge=1)] | None = None
@@ -164,29 +158,44 @@ class TrainConfig(_Section):
     """newest checkpoints that stay on disk, beside the best"""
     best_metric: str = "val/mean_r1"
     """the validation metric, larger is better, that `best` follows"""
+    rerank: Annotated[int, Field(ge=0)] = 0
+    """at validation, candidates per query that ALBEF's matching puts in a better order; 0: none"""
+    rerank_score: Literal["matching", "matching+cosine"] = "matching"
+    """what they are ordered by: the matching logit, or its sum with the cosine"""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give exactly one of train.epochs and train.steps")
+        if self.rerank_score != "matching" and not self.rerank:
+            raise ValueError("train.rerank_score has no use while train.rerank is 0; set that too")
         return self
 
 
-class Config(_Section):
+class Config(Section):
     """A whole training run."""
 
     out: str
     """run directory: checkpoints, metrics.jsonl, the resolved config.toml"""
     model: ModelConfig
     data: DataConfig
-    objectives: tuple[ObjectiveConfig, ...] = (ObjectiveConfig(name="contrastive"),)
+    objectives: tuple[Objective, ...] = (Contrastive(name="contrastive"),)
     optim: OptimConfig = OptimConfig()
     train: TrainConfig
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if not self.objectives:
-            raise ValueError('objectives is empty; add [[objectives]] name = "contrastive"')
+        check_objectives(self.objectives)
+        wants_labels = any("label" in getattr(o, "positives", ()) for o in self.objectives)
+        if wants_labels and self.data.label_field is None:
+            raise ValueError(
+                'positives with "label" need data.label_field, the JSON field with the label'
+            )
+        if self.model.pretrained and (self.model.pretrained_image or self.model.pretrained_text):
+            raise ValueError(
+                "model.pretrained brings all weights; leave out pretrained_image and"
+                " pretrained_text"
+            )
         if self.model.architecture is None and self.model.pretrained is None:
             raise ValueError(
                 "model.architecture is not set; name an open_clip architecture or a preset:"
@@ -234,22 +243,29 @@ def describe_fields() -> list[tuple[str, str, str]]:
 def _describe(kind: type[BaseModel], prefix: str) -> list[tuple[str, str, str]]:
     rows = []
     for name, field in kind.model_fields.items():
-        inner, is_list = _section_in(field.annotation)
+        sections, is_list = _sections_in(field.annotation)
         if field.description:
             default = "required" if field.is_required() else str(field.default)
             rows.append((prefix + name, default, field.description))
-        if inner is not None:
-            rows += _describe(inner, f"{prefix}{name}{'[]' if is_list else ''}.")
+        for section in sections:
+            kinds = _kinds_of(section)
+            inner = f"{prefix}{name}{'[]' if is_list else ''}."
+            rows += _describe(section, f"{inner}{'/'.join(kinds)}." if kinds else inner)
     return rows
 
 
-def _section_in(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
-    """The table that a field holds, if it holds one, and whether it is a list of them."""
+def _sections_in(annotation: Any) -> tuple[list[type[BaseModel]], bool]:
+    """The tables that a field may hold, and whether it is a list of them."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation, False
-    inside = [arg for arg in get_args(annotation) if isinstance(arg, type)]
-    sections = [arg for arg in inside if issubclass(arg, BaseModel)]
-    return (sections[0], True) if sections else (None, False)
+        return [annotation], False
+    found = [section for arg in get_args(annotation) for section in _sections_in(arg)[0]]
+    return found, bool(found)
+
+
+def _kinds_of(section: type[BaseModel]) -> tuple[str, ...]:
+    """The names by which one of several kinds of tables is chosen; () where there is one kind."""
+    field = section.model_fields.get("name")
+    return get_args(field.annotation) if field else ()
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -308,6 +324,11 @@ def _explain(item: ErrorDetails) -> str:
     if item["type"] == "extra_forbidden":
         *parents, name = [str(part) for part in item["loc"]]
         return f"unknown setting {location!r}; {_nearest(name, _known_names(parents))}"
+    if item["type"] == "union_tag_invalid":
+        name, known = str(item["ctx"]["tag"]), item["ctx"]["expected_tags"].replace("'", "")
+        return f"unknown objective {name!r}; {_nearest(name, known.split(', '))}"
+    if item["type"] == "union_tag_not_found":
+        return f'{location} has no name; give name = "contrastive" or another objective'
     if item["type"] == "missing":
         return f"{location} is required"
     message = item["msg"].removeprefix("Value error, ")
@@ -318,11 +339,17 @@ def _explain(item: ErrorDetails) -> str:
 
 
 def _known_names(parents: list[str]) -> list[str]:
-    kind: type[BaseModel] = Config
+    kinds: list[type[BaseModel]] = [Config]
     for part in parents:
-        if part in kind.model_fields:
-            kind = _section_in(kind.model_fields[part].annotation)[0] or kind
-    return list(kind.model_fields)
+        named = [kind for kind in kinds if part in _kinds_of(kind)]
+        inner = [
+            s
+            for k in kinds
+            if part in k.model_fields
+            for s in _sections_in(k.model_fields[part].annotation)[0]
+        ]
+        kinds = named or inner or kinds
+    return list(kinds[0].model_fields)
 
 
 def _nearest(name: str, known: list[str]) -> str:

@@ -24,8 +24,13 @@ def retrieval(
     """
     if len(images) == 0 or len(texts) == 0:
         raise ValueError("retrieval needs at least one image and one text")
-    i2t = _best_ranks(images, texts, text_of[None, :] == np.arange(len(images))[:, None])
-    t2i = _best_ranks(texts, images, text_of[:, None] == np.arange(len(images))[None, :])
+    i2t = best_ranks(images, texts, text_of[None, :] == np.arange(len(images))[:, None])
+    t2i = best_ranks(texts, images, text_of[:, None] == np.arange(len(images))[None, :])
+    return recalls(i2t, t2i, prefix)
+
+
+def recalls(i2t: np.ndarray, t2i: np.ndarray, prefix: str = "") -> dict[str, float]:
+    """Recall at 1, 5, 10 from the ranks, counted from 0, of each image's and each text's best."""
     scores: dict[str, float] = {}
     for k in KS:
         scores[f"{prefix}i2t_r{k}"] = float((i2t < k).mean())
@@ -41,17 +46,21 @@ def accuracy(logits: np.ndarray, targets: np.ndarray, k: int = 1) -> float:
     return float((_ranks(logits, targets) < min(k, logits.shape[1])).mean())
 
 
-def _best_ranks(queries: np.ndarray, gallery: np.ndarray, positives: np.ndarray) -> np.ndarray:
+def best_ranks(queries: np.ndarray, gallery: np.ndarray, positives: np.ndarray) -> np.ndarray:
     """Rank (from 0) of each query's best positive: the number of others at least as similar."""
     ranks = np.empty(len(queries), dtype=np.int64)
     for start in range(0, len(queries), _CHUNK_ROWS):
         rows = slice(start, start + _CHUNK_ROWS)
-        similarity = queries[rows] @ gallery.T
-        mask = positives[rows]
-        best = np.where(mask, similarity, -np.inf).max(axis=1, keepdims=True)
-        # Not "at least as similar", which nothing is to a positive that is not a number.
-        ranks[rows] = (~(similarity < best) & ~mask).sum(axis=1)
+        ranks[rows] = ranks_of_best(queries[rows] @ gallery.T, positives[rows])
     return ranks
+
+
+def ranks_of_best(scores: np.ndarray, positives: np.ndarray) -> np.ndarray:
+    """Likewise, of each row of scores (Q, C) with its positives (Q, C); C where a row has none."""
+    best = np.where(positives, scores, -np.inf).max(axis=1, keepdims=True)
+    # Not "at least as similar", which nothing is to a positive that is not a number.
+    others: np.ndarray = (~(scores < best) & ~positives).sum(axis=1)
+    return others
 
 
 def _ranks(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:

@@ -60,7 +60,13 @@ def test_an_architecture_by_name_takes_no_preset() -> None:
         ("data.batch_size=1", ["data.batch_size", "2"]),
         ("data.crop_scale=[0.5, 0.2]", ["crop_scale"]),
         ("objectives=[]", ["objectives"]),
-        ("objectives=[{name='contrast'}]", ["contrast"]),
+        ("objectives=[{name='contrast'}]", ["contrast", "did you mean 'contrastive'"]),
+        ("objectives=[{weight=2}]", ["objectives.0", "no name"]),
+        ("objectives=[{name='matching'}]", ["bring pictures and captions together"]),
+        ("objectives=contrastive", ["objectives", "contrastive"]),
+        ("objectives=[{name='contrastive', positives=['label']}]", ["data.label_field"]),
+        ("train.rerank=-1", ["train.rerank", "-1"]),
+        ("train.rerank_score=cosine", ["rerank_score", "matching+cosine"]),
         ("train.steps=4", ["exactly one"]),
         ("nonsense", ["section.key=value"]),
         ("optim.lr=inf", ["optim.lr"]),
@@ -99,10 +105,23 @@ def test_resolved_config_survives_the_round_trip_through_toml(preset: str, tmp_p
     )
 
 
+def test_an_objective_has_the_settings_of_its_kind_alone() -> None:
+    with pytest.raises(ConfigError, match=r"tile_size.*known: name, weight, negatives, positives"):
+        load_config(None, [*NEEDED, "objectives=[{name='matching', tile_size=2}]"])
+
+
+def test_settings_of_every_kind_of_objective_are_described() -> None:
+    names = [name for name, _, _ in describe_fields()]
+    assert len(names) == len(set(names))
+    assert "objectives[].contrastive.tile_size" in names
+    assert "objectives[].momentum_contrast.queue_size" in names
+    assert "objectives[].simclr/barlow_twins/vicreg/simsiam.temperature" in names
+
+
 def test_a_config_cannot_be_written_to() -> None:
     config = load_config(None, NEEDED)
     with pytest.raises(ValueError, match="frozen"):
-        config.train.seed = 3  # type: ignore[misc]
+        config.train.seed = 3
 
 
 def test_every_setting_says_its_meaning() -> None:

@@ -16,7 +16,11 @@ from clipserve import checkpoint, convert, wordpiece
 from clipserve.albef import Albef
 from clipserve.convert import export_checkpoint, import_checkpoint, read_albef, write_albef
 from clipserve.errors import CheckpointError, ConfigError
+from clipserve.files import save_tensors
+from clipserve.model import Model
 from clipserve.weights import interpolate_positions
+from training.momentum import FeatureQueue, Twin
+from training.state import State
 
 
 @dataclass(frozen=True)
@@ -301,6 +305,108 @@ def test_without_momentum_only_the_weights_are_kept(words: Path, tmp_path: Path)
     assert momentum is None
     write_albef(model, None, tmp_path / "out.pth")
     assert_same(read_back(tmp_path / "out.pth"), online)
+
+
+def checkpoint_of_a_run(
+    folder: Path, model: Model, pushed: int, queue_size: int = 6
+) -> tuple[Twin, FeatureQueue]:
+    """As training writes it; the momentum copy is not the model."""
+    twin, queue = Twin(model.network), FeatureQueue(queue_size, model.embed_dim, num_groups=3)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.add_(1)
+    for number in range(pushed):
+        row = torch.full((1, model.embed_dim), float(number))
+        queue.push(row, -row, torch.full((1, 3), number))
+    checkpoint.save(model, folder, name="m")
+    extras = {"momentum": twin, "queue": queue}
+    State(model, torch.optim.AdamW(model.parameters()), {}, extras).save(folder)
+    return twin, queue
+
+
+@pytest.mark.parametrize("pushed", [6, 16])
+def test_a_run_is_exported_with_its_own_momentum_copy_and_queue(
+    pushed: int, words: Path, tmp_path: Path
+) -> None:
+    tensors = published()
+    model, imported = read_albef(write(tensors, tmp_path / "in.pth"), words)
+    twin, queue = checkpoint_of_a_run(tmp_path / "m", model, pushed)
+    save_tensors(imported or {}, tmp_path / "m" / checkpoint.MOMENTUM)  # older: not the run's
+    export_checkpoint(tmp_path / "m", tmp_path / "out.pth")
+    found = read_back(tmp_path / "out.pth")
+    assert found.keys() == tensors.keys()
+    for name, tensor in found.items():
+        if "_m." in name and not name.endswith("position_ids"):
+            assert torch.equal(tensor, found[name.replace("_m.", ".")] + 1), name
+    newest = list(range(pushed - 6, pushed))
+    cursor = int(found["queue_ptr"])
+    assert cursor == queue.cursor
+    assert found["image_queue"].shape == (SMALL.embed, 6)
+    assert found["image_queue"][0].roll(-cursor).tolist() == newest  # the oldest is written next
+    assert torch.equal(found["text_queue"], -found["image_queue"])
+
+    again, momentum = read_albef(tmp_path / "out.pth", words)
+    assert momentum is not None
+    for name, tensor in twin.state_dict().items():
+        if f"twin.{name}" in momentum:
+            assert torch.equal(momentum[f"twin.{name}"], tensor), name
+    for name, tensor in model.network.state_dict().items():
+        assert torch.allclose(again.network.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize(("pushed", "queue_size"), [(5, 6), (0, 6), (3, 0)])
+def test_a_queue_that_is_not_full_is_left_out(
+    pushed: int, queue_size: int, words: Path, tmp_path: Path
+) -> None:
+    model, _ = read_albef(write(published(), tmp_path / "in.pth"), words)
+    checkpoint_of_a_run(tmp_path / "m", model, pushed, queue_size)
+    export_checkpoint(tmp_path / "m", tmp_path / "out.pth")
+    found = read_back(tmp_path / "out.pth")
+    queues = {"image_queue", "text_queue", "queue_ptr"}
+    assert found.keys() == published().keys() - queues
+    bias = "text_proj_m.bias"
+    assert torch.equal(found[bias], found["text_proj.bias"] + 1)
+    again, momentum = read_albef(tmp_path / "out.pth", words)
+    write_albef(again, momentum, tmp_path / "again.pth")
+    assert_same(read_back(tmp_path / "again.pth"), found)
+
+
+def test_a_model_without_momentum_is_exported_with_its_weights_as_copies(
+    words: Path, tmp_path: Path
+) -> None:
+    """ALBEF's Retrieval.py reads visual_encoder_m.pos_embed of every checkpoint."""
+    tensors = published()
+    model, _ = read_albef(write(tensors, tmp_path / "in.pth"), words)
+    checkpoint.save(model, tmp_path / "m", name="m")
+    State(model, torch.optim.AdamW(model.parameters()), {}).save(tmp_path / "m")
+    export_checkpoint(tmp_path / "m", tmp_path / "out.pth")
+    found = read_back(tmp_path / "out.pth")
+    assert found.keys() == tensors.keys() - {"image_queue", "text_queue", "queue_ptr"}
+    for name, tensor in found.items():
+        assert torch.equal(tensor, tensors[name.replace("_m.", ".")]), name
+
+
+def test_a_damaged_state_of_a_run_is_refused(words: Path, tmp_path: Path) -> None:
+    model, _ = read_albef(write(published(), tmp_path / "in.pth"), words)
+    twin, queue = checkpoint_of_a_run(tmp_path / "m", model, 9)
+    state = tmp_path / "m" / "state"
+
+    def refused(message: str) -> None:
+        with pytest.raises(CheckpointError, match=message):
+            export_checkpoint(tmp_path / "m", tmp_path / "out.pth")
+
+    few = {k: v for k, v in queue.state_dict().items() if k != "stored_text"}
+    save_tensors(few, state / "queue.safetensors")
+    refused(r"queue\.safetensors lacks stored_text")
+    (state / "queue.safetensors").unlink()
+    refused(r"queue\.safetensors cannot be read")
+    weights = {k: v for k, v in twin.state_dict().items() if k != "fusion.1.mlp.up.bias"}
+    save_tensors(queue.state_dict(), state / "queue.safetensors")
+    save_tensors(weights, state / "momentum.safetensors")
+    refused(r"momentum\.safetensors lacks fusion\.1\.mlp\.up\.bias")
+    (state / "momentum.safetensors").write_bytes(b"nothing")
+    refused(r"momentum\.safetensors cannot be read")
+    assert not (tmp_path / "out.pth").exists()
 
 
 def test_half_precision_is_widened_exactly(words: Path, tmp_path: Path) -> None:

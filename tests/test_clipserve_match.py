@@ -8,7 +8,7 @@ from conftest import make_picture
 
 from clipserve.embed import prepare
 from clipserve.errors import ConfigError, ImageError
-from clipserve.match import match_pairs
+from clipserve.match import _batches, match_pairs
 from clipserve.model import Model
 
 PICTURES = [make_picture(seed=i) for i in range(5)]
@@ -57,6 +57,72 @@ def test_pairs_are_of_any_picture_with_any_text(model: Model) -> None:
     chosen = [PICTURES[i] for i, _ in pairs], [CAPTIONS[j] for _, j in pairs]
     assert np.allclose(logits.softmax(1)[:, 1].numpy(), model.match(*chosen), atol=1e-6)
     assert match_pairs(model, images, texts, ids, pairs[:0]).shape == (0, 2)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 4, 100])
+def test_logits_of_pairs_do_not_depend_on_how_they_are_put_together(
+    model: Model, batch_size: int
+) -> None:
+    network = model.network
+    ids = model.tokenizer(CAPTIONS).cut()
+    random = torch.Generator().manual_seed(0)
+    pairs = torch.cartesian_prod(torch.arange(5), torch.arange(6))
+    pairs = pairs[torch.rand(30, generator=random) < 0.6]
+    with torch.no_grad():
+        images, _ = network.encode_image_states(
+            torch.stack([model.transform(picture) for picture in PICTURES])
+        )
+        texts, _ = network.encode_text_states(ids)
+        for order in (torch.arange(len(pairs)), torch.randperm(len(pairs), generator=random)):
+            found = match_pairs(model, images, texts, ids, pairs[order], batch_size)
+            for (i, j), logits in zip(pairs[order].tolist(), found, strict=True):
+                fused = network.fuse(texts[j, None], ids[j, None], images[i, None])
+                expected = network.matching_logits(fused)[0]
+                assert torch.allclose(logits, expected, atol=1e-5)
+    assert found[:, 1].std() > 0.1
+
+
+def test_keys_of_a_picture_are_computed_once_for_all_its_texts(model: Model) -> None:
+    rows = []
+    key = model.network.fusion[0].cross_attention.key
+    key.register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
+    ids = model.tokenizer(CAPTIONS).ids
+    with torch.no_grad():
+        states = model(torch.stack([model.transform(picture) for picture in PICTURES[:3]]), ids)
+        pairs = torch.cartesian_prod(torch.arange(3), torch.arange(6))
+        assert states.image_states is not None
+        assert states.text_states is not None
+        match_pairs(model, states.image_states, states.text_states, ids, pairs)
+    assert sum(rows) == 3
+
+
+def test_one_gradient_for_keys_computed_once(model: Model) -> None:
+    """As for keys that are computed for each text."""
+    network = model.network
+    ids = model.tokenizer(CAPTIONS[:4]).cut()
+    texts, _ = network.encode_text_states(ids)
+    images = torch.randn(2, 5, 32, requires_grad=True)
+    gradients = []
+    for source in (images, images.repeat_interleave(2, dim=0)):
+        logits = network.matching_logits(network.fuse(texts, ids, source))
+        wanted = [images, network.fusion[0].cross_attention.key.weight]
+        gradients.append(torch.autograd.grad(logits.square().sum(), wanted, retain_graph=True))
+    for once, each in zip(*gradients, strict=True):
+        assert torch.allclose(once, each, rtol=1e-4, atol=1e-5 * float(each.abs().max()))
+
+
+def test_batches_keep_the_order_and_their_size() -> None:
+    pairs = torch.tensor([[7, 1], [7, 2], [7, 3], [4, 1], [4, 9], [5, 0], [5, 2], [7, 5]])
+
+    def batches(size: int) -> list[tuple[list[int], list[list[int]]]]:
+        return [(pictures.tolist(), texts.tolist()) for pictures, texts in _batches(pairs, size)]
+
+    last = ([7], [[5]])
+    assert batches(4) == [([7], [[1, 2, 3]]), ([4, 5], [[1, 9], [0, 2]]), last]
+    assert batches(3) == [([7], [[1, 2, 3]]), ([4], [[1, 9]]), ([5], [[0, 2]]), last]
+    assert batches(2)[:2] == [([7], [[1, 2]]), ([7], [[3]])]
+    assert len(batches(1)) == 8
+    assert list(_batches(pairs[:0], 4)) == []
 
 
 def test_bf16_models_match_too(model: Model) -> None:

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from clipserve.metrics import accuracy, retrieval
+from clipserve.metrics import RETRIEVAL_METRICS, accuracy, ranks_of_best, recalls, retrieval
 
 
 def naive(
@@ -53,6 +53,39 @@ def test_accuracy_by_hand() -> None:
     logits = np.array([[3.0, 2.0, 1.0], [1.0, 2.0, 3.0]])
     assert accuracy(logits, np.array([0, 1])) == 0.5
     assert accuracy(logits, np.array([0, 1]), k=2) == 1.0
+
+
+def test_the_rank_of_the_best_positive_by_hand() -> None:
+    scores = np.array(
+        [
+            [0.9, 0.5, 0.7, 0.1],  # of two positives the better one counts
+            [0.9, 0.5, 0.7, 0.1],  # positives that are better are no competitors
+            [0.5, 0.5, 0.5, 0.1],  # equals rank before it
+            [0.9, 0.5, 0.7, 0.1],  # without a positive: behind all
+            [np.nan, 0.5, 0.7, 0.1],  # what is no number is not behind a positive
+            [np.nan, 0.5, 0.7, 0.1],  # nor is a positive before anything then
+        ]
+    )
+    positives = np.zeros((6, 4), bool)
+    positives[0, [1, 2]] = positives[1, [0, 1]] = positives[2, 1] = True
+    positives[4, 2] = positives[5, 0] = True
+    assert ranks_of_best(scores, positives).tolist() == [1, 0, 2, 4, 1, 3]
+
+
+def test_recalls_by_hand() -> None:
+    scores = recalls(np.array([0, 1, 4, 30]), np.array([9, 10]), "x/")
+    assert scores == {
+        "x/i2t_r1": 0.25,
+        "x/t2i_r1": 0.0,
+        "x/mean_r1": 0.125,
+        "x/i2t_r5": 0.75,
+        "x/t2i_r5": 0.0,
+        "x/mean_r5": 0.375,
+        "x/i2t_r10": 0.75,
+        "x/t2i_r10": 0.5,
+        "x/mean_r10": 0.625,
+    }
+    assert set(scores) == {f"x/{name}" for name in RETRIEVAL_METRICS}
 
 
 def test_nothing_to_measure_is_an_error() -> None:

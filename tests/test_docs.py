@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,14 @@ import pytest
 import typer
 
 from clipserve.cli import app
-from clipserve.config import describe_fields
+from clipserve.config import describe_fields, load_config, preset_names
+from clipserve.objectives import check_against_architecture
+from clipserve.towers import architecture_config
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+NEEDED = {"out": "out=runs/x", "data.train": "data.train=x", "train.steps": "train.steps=1"}
+"""what a shown configuration may leave out, for the run is not its subject"""
 
 
 def shown_commands() -> list[tuple[str, str]]:
@@ -22,6 +27,15 @@ def shown_commands() -> list[tuple[str, str]]:
             for line in block.replace("\\\n", " ").splitlines():
                 if line.startswith("clipserve "):
                     found.append((page.name, line.split("  #")[0].strip()))
+    return found
+
+
+def shown_configurations() -> list[tuple[str, str]]:
+    found = []
+    for page in PAGES:
+        for block in re.findall(r"```toml\n(.*?)```", page.read_text(), re.DOTALL):
+            if "[model]" in block or "[[objectives]]" in block:
+                found.append((page.name, block))
     return found
 
 
@@ -78,6 +92,54 @@ def test_every_setting_is_documented() -> None:
         assert meaning in text, name
 
 
+@pytest.mark.parametrize(("page", "block"), shown_configurations())
+def test_shown_configurations_are_valid(page: str, block: str, tmp_path: Path) -> None:
+    given = tomllib.loads(block)
+    absent = NEEDED.keys() - given
+    absent -= {f"data.{name}" for name in given.get("data", {})}
+    if given.get("train", {}).keys() & {"steps", "epochs"}:
+        absent -= {"train.steps"}
+    file = tmp_path / "shown.toml"
+    file.write_text(block)
+    config = load_config(file, [NEEDED[name] for name in sorted(absent)])
+    architecture = config.model.architecture
+    if architecture is None:  # that of model.pretrained
+        return
+    table = architecture
+    if isinstance(architecture, str):
+        table = architecture_config(architecture)
+    check_against_architecture(
+        config.objectives,
+        has_fusion="fusion_cfg" in table,
+        has_token_head=table.get("fusion_cfg", {}).get("token_head", True),
+        has_bias="init_logit_bias" in table,
+        has_decoder="multimodal_cfg" in table,
+    )
+
+
+def test_objectives_shows_configurations() -> None:
+    assert sum(page == "objectives.md" for page, _ in shown_configurations()) >= 7
+
+
+def test_every_objective_is_explained_with_its_settings() -> None:
+    text = (ROOT / "docs" / "objectives.md").read_text()
+    sections = text.split("\n## ")
+    for name, _, _ in describe_fields():
+        if name.startswith("objectives[]."):
+            _, kinds, setting = name.split(".")
+            for kind in kinds.split("/"):
+                assert f"`{kind}`" in text, kind
+            first = kinds.split("/")[0].replace("barlow_twins", "simclr and others")
+            (section,) = (part for part in sections if part.startswith(first))
+            assert setting in ("name", "weight") or f"`{setting}`" in section, name
+
+
+def test_every_preset_is_explained() -> None:
+    text = (ROOT / "docs" / "objectives.md").read_text()
+    for name in preset_names():
+        assert f"| `{name}` |" in text, name
+
+
 def test_every_service_setting_is_documented() -> None:
     from service.settings import Settings
 
@@ -110,5 +172,5 @@ def test_numbers_in_the_readme_are_the_committed_results() -> None:
     loader = json.loads((results / "loader.json").read_text())
     for name, case in loader["results"].items():
         rates = [f"{case[who]['samples_per_s']:.0f}" for who in ("clipserve", "open_clip")]
-        shown = [name, *rates, str(case["ratio"]), str(case["ratio_of_worker_cpu"])]
-        assert f"| {' | '.join(shown)} |" in text
+        cells = [name, *rates, str(case["ratio"]), str(case["ratio_of_worker_cpu"])]
+        assert f"| {' | '.join(cells)} |" in text

@@ -18,7 +18,7 @@ from index.collection import Collection
 from service.app import create_app
 from service.registry import Registry
 from service.settings import load_settings
-from training.evaluate.retrieval import embed_shards
+from training.evaluate.gallery import embed_shards
 from training.shards import pack
 
 

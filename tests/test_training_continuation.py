@@ -12,10 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from test_training_loop import SMALL
 
 from clipserve.checkpoint import verify
+from clipserve.config import load_config
+from clipserve.errors import ClipserveError
 from clipserve.shards import ShardSet
+from training.loop import train
 from training.shards import PackOptions, pack
 
 STEPS = 17
@@ -129,6 +134,75 @@ def test_three_kills_change_no_sample_no_pixel_and_no_loss(shards: Path, tmp_pat
     assert read_trace(tmp_path / "killed") == read_trace(tmp_path / "whole"), f"killed at {at}"
     assert logged_losses(tmp_path / "killed") == logged_losses(tmp_path / "whole")
     assert len(read_trace(tmp_path / "whole")) == STEPS
+
+
+# All that remembers: a momentum copy, a queue that no batch size divides, and every random layer.
+ALBEF = [
+    "model.preset=albef_tiny",
+    "model.architecture.text_cfg.vocab_size=200",
+    "model.architecture.text_cfg.dropout=0.1",
+    "model.architecture.vision_cfg.patch_dropout=0.5",
+    "model.architecture.fusion_cfg.layers=1",
+    "objectives=[{name='momentum_contrast', queue_size=13, momentum=0.9}, {name='matching'},"
+    " {name='masked_language'}]",
+    "data.last_batch=keep",
+]
+
+
+def test_a_killed_albef_goes_on_with_its_momentum_copy_and_its_queue(
+    shards: Path, tmp_path: Path
+) -> None:
+    run(shards, tmp_path / "whole", more=ALBEF)
+    at = random.Random(os.urandom(8)).randrange(4, STEPS)
+    every = [*ALBEF, "train.checkpoint_every_steps=3"]
+    run(shards, tmp_path / "killed", f"SIGKILL:{at}", every, code=-signal.SIGKILL)
+    run(shards, tmp_path / "killed", f"SIGKILL:{at}", every)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert read_trace(killed) == read_trace(whole), f"killed at {at}"
+    assert logged_terms(killed) == logged_terms(whole)
+    names = ["towers.safetensors", "fusion.safetensors"]
+    names += [f"state/{name}.safetensors" for name in ("momentum", "queue", "optimizer")]
+    for name in names:
+        one, other = (load_file(out / "latest" / name) for out in (whole, killed))
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one), (name, at)
+    # 17 steps of 8, 8, 8, 8 and 1 samples
+    assert load_file(killed / "latest/state/queue.safetensors")["_extra_state"] == 3 * 33 + 16
+
+
+def logged_terms(out: Path) -> list[dict[str, float]]:
+    """Every loss and report of every step."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    terms = [{name: value for name, value in line.items() if "/" in name} for line in lines]
+    assert {"loss/momentum_contrast", "matching/accuracy"} < terms[0].keys()
+    return terms
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "reason"),
+    [
+        (
+            "{name='contrastive'}",
+            "{name='contrastive'}, {name='momentum_contrast', queue_size=13}",
+            r"step-000000002 lacks momentum\.safetensors, queue\.safetensors, which this run's",
+        ),
+        (
+            "{name='momentum_contrast', queue_size=13}",
+            "{name='momentum_contrast', queue_size=12}",
+            r"the saved queue has stored_image of \(13, 16\), this run's has \(12, 16\)",
+        ),
+    ],
+)
+def test_a_run_that_wants_to_remember_something_else_is_refused(
+    shards: Path, tmp_path: Path, before: str, now: str, reason: str
+) -> None:
+    given = [f"out={tmp_path / 'run'}", f"data.train={shards}", *SMALL]
+    train(load_config(None, [*given, "train.steps=2", f"objectives=[{before}]"]))
+    with pytest.raises(ClipserveError, match=reason) as caught:
+        train(load_config(None, [*given, "train.steps=3", f"objectives=[{now}]"]))
+    assert "\n" not in str(caught.value)
+    assert "start anew in another `out`" in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])

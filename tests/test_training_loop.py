@@ -514,3 +514,28 @@ def test_the_gpu_trains_as_the_cpu_does(data: Path, tmp_path: Path) -> None:
     run(config(data, tmp_path / "b", "train.steps=4", "train.device=cuda"))
     cpu, gpu = losses(tmp_path / "a"), losses(tmp_path / "b")
     assert all(abs(cpu[step] - gpu[step]) < 1e-3 for step in cpu)
+
+
+def test_a_field_that_no_sample_has_is_refused_with_those_there_are(
+    data: Path, tmp_path: Path
+) -> None:
+    labels = 'objectives=[{name="contrastive", positives=["label"]}]'
+    with pytest.raises(DataError, match="color.*they have .*colour"):
+        train(config(data, tmp_path / "run", labels, "data.label_field=color"))
+    run(config(data, tmp_path / "run", labels, "data.label_field=colour", "train.steps=1"))
+
+
+def test_a_field_that_no_objective_asks_for_is_told(
+    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(config(data, tmp_path / "run", "data.label_field=colour", "train.steps=1"))
+    assert "data.label_field is not used" in caplog.text
+    assert "data.picture_field" not in caplog.text
+
+
+@pytest.mark.parametrize("setting", ["train.rerank=4", "train.rerank_score=matching+cosine"])
+def test_reranking_is_refused_before_anything_is_trained(
+    setting: str, data: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="train.rerank"):
+        train(config(data, tmp_path / "run", setting))

@@ -194,6 +194,18 @@ def test_bf16_features_at_scale_100_give_finite_gradients(
     assert found[0].item() == pytest.approx(exact.item(), abs=1e-4)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("tile_size", [None, 64])
+def test_the_gpu_agrees_with_the_cpu(tile_size: int | None) -> None:
+    inputs, groups = features(130, 32, scale=100), several_positives(130)
+    there = tuple(tensor.detach().cuda().requires_grad_() for tensor in inputs)
+    found = contrastive_loss(*there, groups=groups.cuda(), tile_size=tile_size)
+    expected = contrastive_loss(*inputs, groups=groups)
+    on_cpu = [tensor.cpu() for tensor in value_and_gradients(found, there)]
+    check_same(on_cpu, value_and_gradients(expected, inputs), 1e-5, 1e-5)
+
+
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts matrix products, and the numbers in the largest tensor that was made."""
 

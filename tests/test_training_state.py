@@ -97,3 +97,62 @@ def test_a_steps_random_numbers_depend_on_seed_step_and_rank_alone() -> None:
     assert draw(0, 5, 0) == draw(0, 5, 0)
     keys = [(0, 5, 0), (0, 6, 0), (1, 5, 0), (0, 5, 1), (5, 0, 0)]
     assert len({draw(*key) for key in keys}) == len(keys)
+
+
+def with_heads(model: Model, **sizes: int) -> State:
+    """A state that trains heads beside the model, with a step of moments for all."""
+    heads = nn.ModuleDict({name: nn.Linear(3, size) for name, size in sizes.items()})
+    optimizer = torch.optim.AdamW([*heads.parameters(), *model.parameters()])
+    state = State(model, optimizer, ORDER, extras={"heads": heads} if sizes else {})
+    for number, parameter in enumerate(
+        p for group in optimizer.param_groups for p in group["params"]
+    ):
+        parameter.grad = torch.full_like(parameter, 1.0 + number)
+    optimizer.step()
+    return state
+
+
+def test_moments_go_to_the_parameters_they_are_of(tiny_model: Model, tmp_path: Path) -> None:
+    state = with_heads(tiny_model, one=4)
+    folder = save(state, tmp_path / "c")
+    other = with_heads(tiny_model, one=4)
+    groups = other.optimizer.param_groups
+    groups[0]["params"] = groups[0]["params"][::-1]  # as if it were built in another order
+    other.restore(folder)
+    for parameter in tiny_model.parameters():
+        found = other.optimizer.state[parameter]["exp_avg"]
+        assert torch.equal(found, state.optimizer.state[parameter]["exp_avg"])
+
+
+@pytest.mark.parametrize("sizes", [{}, {"one": 5}, {"two": 4}, {"one": 4, "two": 4}])
+def test_other_heads_than_the_saved_ones_are_refused_and_nothing_is_taken_over(
+    tiny_model: Model, architecture: Any, tmp_path: Path, sizes: dict[str, int]
+) -> None:
+    folder = save(with_heads(tiny_model, one=4), tmp_path / "c")
+    from clipserve.model import create
+
+    other = with_heads(create(architecture), **sizes)
+    before = {name: value.clone() for name, value in other.model.network.state_dict().items()}
+    with pytest.raises(CheckpointError, match="start anew in another `out`") as caught:
+        other.restore(folder)
+    assert "\n" not in str(caught.value)
+    after = other.model.network.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_what_a_checkpoint_remembers_beyond_the_run_is_refused(
+    tiny_model: Model, tmp_path: Path
+) -> None:
+    folder = save(make_state(tiny_model, extras={"queue": Queue(1.0)}), tmp_path / "c")
+    with pytest.raises(CheckpointError, match="holds queue.safetensors, which this run's obj"):
+        make_state(tiny_model).restore(folder)
+
+
+def test_a_state_of_an_earlier_format_says_so(tiny_model: Model, tmp_path: Path) -> None:
+    from training import state as module
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "FORMAT_VERSION", 2)
+        folder = save(make_state(tiny_model), tmp_path / "c")
+    with pytest.raises(CheckpointError, match="format 2 of an earlier clipserve"):
+        make_state(tiny_model).restore(folder)

@@ -1,6 +1,7 @@
 import multiprocessing
 import os
 import signal
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from clipserve.errors import DataError, SampleError
 from clipserve.images import ImageTransform, TrainTransform
 from clipserve.shards import Sample, ShardSet
 from clipserve.text import Tokenizer
+from training.augment import ViewTransform
 from training.distributed import ALONE, World
 from training.mixture import Mixture, WeightedShards
 from training.order import OrderSettings, Position
@@ -32,11 +34,12 @@ def stream(
     batch_size: int = 5,
     text_multiple: int = 8,
     world: World = ALONE,
+    samples: SampleSettings | None = None,
     **order: Any,
 ) -> Stream:
     return Stream(
         Mixture([WeightedShards(s) for s in sets]),
-        SampleSettings(TRANSFORM),
+        samples or SampleSettings(TRANSFORM),
         Tokenizer({"context_length": 16}),
         OrderSettings(batch_size, **order),
         text_multiple=text_multiple,
@@ -53,6 +56,8 @@ def equal(one: Batch, other: Batch) -> bool:
         one.samples == other.samples
         and torch.equal(one.pixels, other.pixels)
         and torch.equal(one.ids, other.ids)
+        and torch.equal(one.groups, other.groups)
+        and one.captions == other.captions
     )
 
 
@@ -64,7 +69,7 @@ def test_batches_do_not_depend_on_workers_or_on_where_one_starts(shards: ShardSe
 
 
 def test_ranks_take_stripes_of_the_same_batches(shards: ShardSet) -> None:
-    order = {"batch_size": 7, "last_batch": "keep"}
+    order: dict[str, Any] = {"batch_size": 7, "last_batch": "keep"}
     whole = batches(stream(shards, **order), 4)
     parts = [batches(stream(shards, world=World(rank, 3), **order), 4) for rank in range(3)]
     for b, batch in enumerate(whole):
@@ -195,3 +200,154 @@ def test_captions_are_drawn_by_their_weights() -> None:
     assert found == {"packed": pytest.approx(0.25, abs=0.05), "a title": pytest.approx(0.75, 0.1)}
     assert share({"long": 1.0}) == {"one": pytest.approx(0.5, 0.2), "two": pytest.approx(0.5, 0.2)}
     assert share({"absent": 1.0, "number": 1.0}) == {"": 1.0}
+
+
+@pytest.fixture
+def alike(tmp_path: Path, encoded: Any, picture: Any) -> ShardSet:
+    """Pictures, captions, labels and names of which some are equal."""
+    folder = tmp_path / "alike"
+    folder.mkdir()
+    for i in range(3):
+        (folder / f"{i}.png").write_bytes(encoded(picture(seed=i)))
+    (folder / "same.png").write_bytes((folder / "0.png").read_bytes())
+    rows = [
+        "0.png,A red  Cat,cat,x",
+        "same.png,a dog,dog,y",
+        "1.png, a red cat ,cat,x",
+        "2.png,a red cat.,,z",
+        "1.png,STRASSE,,x",
+        "2.png,stra\u00dfe,0,z",
+    ]
+    (folder / "t.csv").write_text("\n".join(["image,caption,label,name", *rows]))
+    pack(folder / "t.csv", tmp_path / "alike-shards")
+    return ShardSet.open(tmp_path / "alike-shards")
+
+
+def columns(shards: ShardSet, count: int = 6, **settings: Any) -> list[list[int]]:
+    """Numbers of picture, caption and label, of the samples in their order."""
+    source = stream(shards, batch_size=count, samples=SampleSettings(TRANSFORM, **settings))
+    (batch,) = batches(source, 1)
+    assert batch.groups.dtype == torch.int64
+    rows = dict(zip(batch.samples, batch.groups.tolist(), strict=True))
+    return [list(column) for column in zip(*(rows[i] for i in range(count)), strict=True)]
+
+
+def classes(numbers: list[int]) -> list[int]:
+    """The same, numbered in the order in which they appear."""
+    return [list(dict.fromkeys(numbers)).index(number) for number in numbers]
+
+
+def test_equal_pictures_and_captions_have_equal_numbers(alike: ShardSet) -> None:
+    """Of pictures the bytes count; of captions neither case nor spaces."""
+    pictures, captions, _ = columns(alike)
+    assert classes(pictures) == [0, 0, 1, 2, 1, 2]
+    assert classes(captions) == [0, 1, 0, 2, 3, 3]
+    assert min(pictures + captions) >= 0
+    assert columns(alike)[:2] == [pictures, captions]
+
+
+def test_labels_are_those_of_a_field_and_without_one_a_sample_is_alone(alike: ShardSet) -> None:
+    *_, labels = columns(alike, label_field="label")
+    assert classes(labels) == [0, 1, 0, 2, 3, 4]
+    *_, none = columns(alike)
+    assert none == [-1, -2, -3, -4, -5, -6]  # below every number made of a label
+    *_, names = columns(alike, label_field="name")
+    assert classes(names) == [0, 1, 0, 2, 0, 2]
+    assert min(names) >= 0
+
+
+def test_a_field_may_name_the_picture(alike: ShardSet) -> None:
+    pictures, *_ = columns(alike, picture_field="name")
+    assert classes(pictures) == [0, 1, 0, 2, 0, 2]
+    absent, *_ = columns(alike, picture_field="nothing")
+    assert absent == columns(alike)[0]
+
+
+def test_batches_say_their_captions(alike: ShardSet) -> None:
+    (batch,) = batches(stream(alike, batch_size=6), 1)
+    assert batch.captions == [alike.read(i).captions[0] for i in batch.samples]
+    assert torch.equal(
+        batch.ids, Tokenizer({"context_length": 16})(batch.captions).ids[:, : batch.ids.shape[1]]
+    )
+
+
+def with_views() -> SampleSettings:
+    return SampleSettings(TRANSFORM, views=ViewTransform(TRANSFORM))
+
+
+def test_views_are_there_only_when_asked_for(shards: ShardSet) -> None:
+    (without,) = batches(stream(shards), 1)
+    assert without.views is None
+    (batch,) = batches(stream(shards, samples=with_views()), 1)
+    assert batch.views is not None
+    assert batch.views.shape == (2, 5, 3, 32, 32)
+    assert batch.views.dtype == torch.uint8
+    assert not torch.equal(batch.views[0], batch.views[1])
+    assert equal(without, batch)  # the crop that the text is compared with is the same as before
+
+
+def test_views_belong_to_the_sample_whoever_draws_them(shards: ShardSet) -> None:
+    alone = batches(stream(shards, samples=with_views()), 9)
+    several = batches(stream(shards, samples=with_views()), 9, workers=2)
+    parts = [
+        batches(stream(shards, samples=with_views(), world=World(rank, 2)), 9) for rank in (0, 1)
+    ]
+    for one, other, first, second in zip(alone, several, *parts, strict=True):
+        assert one.views is not None
+        assert other.views is not None
+        assert torch.equal(one.views, other.views)
+        whole = [part.views for part in (first, second) if part.views is not None]
+        assert torch.equal(torch.cat(whole, dim=1), one.views)
+    sample = alone[0].samples[0]
+    later = next(b for b in alone[4:] if sample in b.samples)  # in the next epoch
+    assert later.views is not None
+    assert alone[0].views is not None
+    assert not torch.equal(later.views[:, later.samples.index(sample)], alone[0].views[:, 0])
+
+
+def test_a_rank_without_samples_has_no_views_and_no_groups(shards: ShardSet) -> None:
+    source = stream(
+        shards, batch_size=24, last_batch="keep", world=World(0, 30), samples=with_views()
+    )
+    (batch,) = batches(source, 1)
+    assert not batch.samples
+    assert not batch.captions
+    assert batch.views is None
+    assert batch.groups.shape == (0, 3)
+    assert batch.pixels.shape == (0, 3, 32, 32)
+
+
+def test_a_batch_moves_with_all_its_tensors(
+    shards: ShardSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (batch,) = batches(stream(shards, samples=with_views()), 1)
+    tensors = {field.name for field in fields(Batch) if "Tensor" in str(field.type)}
+    assert tensors == {name for name, v in vars(batch).items() if isinstance(v, torch.Tensor)}
+    moved = batch.to(torch.device("meta"))
+    assert {name for name in tensors if getattr(moved, name).is_meta} == tensors
+    pinned: list[torch.Tensor] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        pinned.append(tensor)
+        return tensor.clone()
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    copied = batch.pin_memory()
+    assert {id(tensor) for tensor in pinned} == {id(getattr(batch, name)) for name in tensors}
+    for name, value in vars(batch).items():
+        if name in tensors:
+            assert torch.equal(getattr(copied, name), value)
+        else:
+            assert getattr(moved, name) == getattr(copied, name) == value
+    (without,) = batches(stream(shards), 1)
+    assert without.to(torch.device("meta")).views is None
+
+
+def test_a_column_without_a_name_names_no_picture(alike: ShardSet, tmp_path: Path) -> None:
+    """pandas writes its index as one."""
+    table = tmp_path / "alike" / "index.csv"
+    table.write_text(",image,caption\n0,0.png,a cat\n1,same.png,a dog\n")
+    pack(table, tmp_path / "index-shards")
+    pictures, _, labels = columns(ShardSet.open(tmp_path / "index-shards"), count=2)
+    assert pictures[0] == pictures[1]
+    assert labels == [-1, -2]

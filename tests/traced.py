@@ -21,14 +21,14 @@ from training import loop
 def trace_steps(trace: Path, signals: dict[int, str]) -> None:
     real = loop._step
 
-    def step(run: Any, forward: Any, batch: Any, counts: Any) -> Any:
+    def step(run: Any, batch: Any, counts: Any) -> Any:
         number = run.state.counters.step + 1
         name = signals.get(number)
         sent = trace.with_name(f"{trace.name}.{name}.{number}")
         if name and not sent.exists():
             sent.touch()
             os.kill(os.getpid(), getattr(signal, name))
-        losses = real(run, forward, batch, counts)
+        losses = real(run, batch, counts)
         line = {
             "rank": run.world.rank,
             "step": number,

@@ -6,11 +6,15 @@ from there: training needs any sample at any time, checked and at a known place.
 
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from clipserve.config import Config, DataConfig
-from clipserve.errors import ConfigError, DataError
+from clipserve.errors import ConfigError, DataError, SampleError
 from clipserve.files import sha256, write_atomic
 from clipserve.shards import MANIFEST, UNFINISHED, ShardSet, is_shard_source
 from clipserve.sources import SourceOptions, read_source
@@ -21,6 +25,7 @@ from training.shards import PackOptions, pack
 
 logger = logging.getLogger(__name__)
 
+_SAMPLES_LOOKED_AT = 64
 REMOTE_SHUFFLE_SHARDS = 8
 """shards mixed at a time where they are fetched, if not said otherwise"""
 
@@ -51,7 +56,36 @@ def open_data(config: Config, directory: RunDirectory, is_main: bool = True) -> 
     ]
     for part in sets:
         _warn_of_small_cache(part.shards, settings)
-    return Data(Mixture(sets), _open_val(packer, cache))
+    train = Mixture(sets)
+    _check_fields(config, train)
+    return Data(train, _open_val(packer, cache))
+
+
+def _check_fields(config: Config, data: Mixture) -> None:
+    """A field that no sample has is a mistake, and one that no objective asks for is not used."""
+    asked = {same for o in config.objectives for same in getattr(o, "positives", ())}
+    for name, same in (("label_field", "label"), ("picture_field", "picture")):
+        field = getattr(config.data, name)
+        if field is None:
+            continue
+        if same not in asked:
+            logger.warning('data.%s is not used: no objective has positives with "%s"', name, same)
+            continue
+        looked_at = np.linspace(0, len(data) - 1, _SAMPLES_LOOKED_AT).astype(int).tolist()
+        found = [_fields_of(data, number) for number in looked_at]
+        if not any(field in fields for fields in found):
+            known = sorted({key for fields in found for key in fields})
+            raise DataError(
+                f"data.{name} = {field!r}: no sample of {data.name} that was looked at has it;"
+                f" they have {', '.join(known) or 'no fields'}"
+            )
+
+
+def _fields_of(data: Mixture, sample: int) -> Mapping[str, Any]:
+    try:
+        return data.read(sample).metadata
+    except SampleError:
+        return {}
 
 
 def _open_val(packer: "_Packer", cache: ShardCache) -> ShardSet | None:

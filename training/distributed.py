@@ -73,10 +73,15 @@ class World:
         return values
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Add up the gradients of all ranks; one without a gradient counts as zero."""
+        """Add up the gradients of all ranks; where only some have one, the others' are zero.
+
+        What no rank has a gradient for keeps none, so that the optimizer leaves it as it is.
+        """
         if self.size == 1:
             return
         trained = [p for p in parameters if p.requires_grad]
+        found = self.total(torch.tensor([p.grad is not None for p in trained], dtype=torch.int32))
+        trained = [p for p, ranks in zip(trained, found.tolist(), strict=True) if ranks]
         for parameter in trained:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)

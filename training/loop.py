@@ -14,28 +14,29 @@ import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clipserve.config import Config, dump_toml
 from clipserve.embed import prepare as prepare_for_inference
 from clipserve.errors import CheckpointError, ClipserveError, TooManyBadSamples, TrainingError
 from clipserve.files import write_atomic
 from clipserve.model import Model
+from clipserve.objectives import find_momentum
 from training.data import open_data
 from training.distributed import connect
 from training.evaluate.retrieval import evaluate_retrieval
-from training.objectives.contrastive import contrastive_loss
+from training.forward import look, precision
 from training.optim import clamp_logit_scale, learning_rate
 from training.recipe import Run, prepare
 from training.run_directory import RunDirectory
 from training.signals import Signals, StopWaiting, Wish, listening
 from training.state import seed_step
 from training.streaming import Batch
+from training.terms import compute
 from training.track import Tracker
+from training.vocabulary import find_or_build
 
 logger = logging.getLogger(__name__)
 
-Forward = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 _BAD_SAMPLES_ALWAYS_ALLOWED = 10
 _FAILED = -1  # in place of a rank's number of samples
 
@@ -64,7 +65,8 @@ def train(config: Config, resume: str = "auto", console: Console | None = None) 
     with connect() as world, contextlib.ExitStack() as stack:
         with world.main_first():
             data = open_data(config, directory, world.is_main)
-        run = prepare(config, data, world)
+            vocabulary = find_or_build(config, data.train, directory, world.is_main)
+        run = prepare(config, data, world, vocabulary)
         if world.is_main:
             stack.enter_context(directory.lock())
         with world.main_first():
@@ -99,9 +101,9 @@ def _continue(run: Run, directory: RunDirectory, resume: str) -> None:
 def _loop(run: Run, directory: RunDirectory, tracker: Tracker, signals: Signals) -> TrainResult:
     config, state, world = run.config, run.state, run.world
     counters, per_epoch = state.counters, run.stream.order.batches_per_epoch
-    forward = _compile(run)
     metrics: dict[str, float] = {}
     losses: dict[str, Tensor] = {}
+    skipped: dict[str, Tensor] = {}
     base_seconds, clock = counters.seconds, _Clock()
     last_save, saved_step = time.monotonic(), counters.step
     stopped_by: signal.Signals | None = None
@@ -148,15 +150,16 @@ def _loop(run: Run, directory: RunDirectory, tracker: Tracker, signals: Signals)
                 group["lr"] = lr
             seed_step(config.train.seed, counters.step, world.rank)
             try:
-                losses = _step(run, forward, batch, turn.counts)
+                losses = _step(run, batch, turn.counts)
             except TrainingError as error:  # a rank is gone; no weight was changed yet
                 _save_despite(error, save)
                 raise
-            clamp_logit_scale(state.model)
             counters.step += 1
             counters.samples += sum(turn.counts)
             counters.bad_samples += run.stream.order.size_at(state.position) - sum(turn.counts)
             state.position = run.stream.order.advance(state.position)
+            for name in [name for name in losses if name.endswith("/skipped")]:
+                skipped[name] = skipped.get(name, 0) + losses[name]  # since the last line
             clock.count(sum(turn.counts), batch)
             tracker.advance(counters.step)
             counters.seconds = base_seconds + clock.total
@@ -170,12 +173,13 @@ def _loop(run: Run, directory: RunDirectory, tracker: Tracker, signals: Signals)
                     {
                         "epoch": counters.step / per_epoch,
                         "samples": counters.samples,
-                        **{name: loss.item() for name, loss in losses.items()},
+                        **{name: loss.item() for name, loss in (losses | skipped).items()},
                         "lr": lr,
                         "logit_scale": state.model.logit_scale.item(),
                         **clock.lap(),
                     },
                 )
+                skipped = {}
 
             # ---- evaluate and save
             epoch_end = state.position.consumed == 0
@@ -203,7 +207,8 @@ def _take(
     batches: Iterator[Batch], signals: Signals
 ) -> tuple[Batch, ClipserveError | OSError | None]:
     """The next batch, an empty one if a signal came first, or why there is none."""
-    nothing = Batch(torch.empty(0), torch.empty(0), [], 0)
+    empty = torch.empty(0)
+    nothing = Batch(empty, empty, [], 0, groups=empty)
     try:
         with signals.waiting():
             return next(batches), None
@@ -276,52 +281,62 @@ def _save_despite(failure: Exception, save: Callable[[], None]) -> None:
         failure.add_note(f"and no checkpoint could be written: {error}")
 
 
-def _step(run: Run, forward: Forward, batch: Batch, counts: list[int]) -> dict[str, Tensor]:
-    """Forward, backward, optimizer step; returns the loss over the global batch, and its terms."""
-    model, optimizer, world = run.state.model, run.state.optimizer, run.world
-    image, text = _encode(run, forward, batch)
-    image, text = world.gather(image, counts), world.gather(text, counts)
-    scale = world.share(model.logit_scale)
-    terms = {}
-    total = torch.zeros((), device=run.device)
-    for objective in run.config.objectives:
-        terms[f"loss/{objective.name}"] = contrastive_loss(image, text, scale)
-        total = total + objective.weight * terms[f"loss/{objective.name}"]
-    optimizer.zero_grad(set_to_none=True)
+def _step(run: Run, batch: Batch, counts: list[int]) -> dict[str, Tensor]:
+    """One optimizer step; returns the loss over the global batch, its terms, and reports.
+
+    Nothing that a checkpoint holds is changed before the ranks have told each other everything: a
+    rank that dies leaves the others at the end of the step before.
+    """
+    networks, state, world = run.networks, run.state, run.world
+    # ---- forward: features once, then each objective's share of the loss
+    with precision(run.device, run.autocast):
+        step = look(
+            networks,
+            batch,
+            counts,
+            world,
+            seed=run.config.train.seed,
+            step=state.counters.step,
+            ramp=_ramp(run),
+        )
+        shares = {
+            f"loss/{objective.name}": compute(objective, step)
+            for objective in run.config.objectives
+        }
+    weights = [objective.weight for objective in run.config.objectives]
+    total = sum(
+        (weight * share for weight, share in zip(weights, shares.values(), strict=True)),
+        start=torch.zeros((), device=run.device),
+    )
+
+    # ---- backward
+    state.optimizer.zero_grad(set_to_none=True)
     total.backward()  # type: ignore[no-untyped-call]
-    world.sum_gradients(model.parameters())
+    world.sum_gradients(run.parameters)
+    numbers = {"loss": total, **shares, **step.reports}
+    summed = world.total(torch.stack([value.float() for value in numbers.values()]))
+
+    # ---- update
     if run.config.optim.grad_clip is not None:
-        torch.nn.utils.clip_grad_norm_(model.parameters(), run.config.optim.grad_clip)
-    optimizer.step()
-    return {"loss": total.detach(), **{name: term.detach() for name, term in terms.items()}}
+        torch.nn.utils.clip_grad_norm_(run.parameters, run.config.optim.grad_clip)
+    state.optimizer.step()
+    clamp_logit_scale(state.model)
+
+    # ---- momentum: the copy follows, and what this batch was compared with becomes old
+    if networks.twin is not None:
+        networks.twin.update(state.model.network)
+    if networks.queue is not None and step.momentum is not None:
+        networks.queue.push(step.momentum.image, step.momentum.text, step.groups)
+    return dict(zip(numbers, summed, strict=True))
 
 
-def _encode(run: Run, forward: Forward, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Features of this rank's pairs, (B, E) each."""
-    if not batch.samples:  # a short batch may leave a rank without; towers refuse an empty one
-        nothing = torch.zeros(0, run.state.model.embed_dim, device=run.device)
-        return nothing, nothing
-    pixels = batch.pixels.to(run.device, non_blocking=True)
-    ids = batch.ids.to(run.device, non_blocking=True)
-    with _precision(run):
-        return forward(run.state.model.transform.normalize(pixels), ids)
-
-
-def _compile(run: Run) -> Forward:
-    return torch.compile(run.state.model) if run.compile else run.state.model
-
-
-@contextlib.contextmanager
-def _precision(run: Run) -> Iterator[None]:
-    """bf16 autocast. On a CPU with the plain attention kernel: the fused one's bf16 backward took
-    41 % of a step (2-core Xeon with AMX, 2026-11)."""
-    if not run.autocast:
-        yield
-        return
-    with torch.autocast(run.device.type, dtype=torch.bfloat16), contextlib.ExitStack() as stack:
-        if run.device.type == "cpu":
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        yield
+def _ramp(run: Run) -> float:
+    """How far distillation's alpha has grown: linearly over its first epochs (ALBEF)."""
+    momentum = find_momentum(run.config.objectives)
+    if momentum is None or not momentum.alpha_ramp_epochs:
+        return 1.0
+    steps = momentum.alpha_ramp_epochs * run.stream.order.batches_per_epoch
+    return min(1.0, run.state.counters.step / steps)
 
 
 def _evaluate(run: Run) -> dict[str, float]:
@@ -333,7 +348,14 @@ def _evaluate(run: Run) -> dict[str, float]:
         network, trained.architecture, trained.transform, trained.tokenizer, trained.info
     )
     model = prepare_for_inference(served, str(run.device))
-    return evaluate_retrieval(model, run.val, prefix="val/")
+    settings = run.config.train
+    return evaluate_retrieval(
+        model,
+        run.val,
+        prefix="val/",
+        rerank=settings.rerank,
+        plus_cosine=settings.rerank_score == "matching+cosine",
+    )
 
 
 def _save(run: Run, directory: RunDirectory, scores: dict[str, float]) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,13 +13,22 @@ from clipserve.model import Model
 MAX_LOGIT_SCALE = math.log(100)
 
 
-def build_optimizer(model: Model, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW with a decayed and a plain group; betas and epsilon by open_clip's rule if absent."""
+def build_optimizer(
+    model: Model, config: OptimConfig, heads: nn.Module | None = None
+) -> torch.optim.AdamW:
+    """AdamW with a decayed and a plain group; betas and epsilon by open_clip's rule if absent.
+
+    `heads` is what objectives learn beside the model.
+    """
     is_vit = "Transformer" in type(model.network.visual).__name__
     betas = config.betas or ((0.9, 0.98) if is_vit else (0.9, 0.999))
     eps = config.eps or (1e-6 if is_vit else 1e-8)
+    groups = parameter_groups(model.network, config.weight_decay)
+    if heads is not None:
+        for group, more in zip(groups, parameter_groups(heads, config.weight_decay), strict=True):
+            group["params"] += more["params"]
     return torch.optim.AdamW(
-        parameter_groups(model.network, config.weight_decay),
+        groups,
         lr=config.lr,
         betas=betas,
         eps=eps,
@@ -26,7 +36,7 @@ def build_optimizer(model: Model, config: OptimConfig) -> torch.optim.AdamW:
     )
 
 
-def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Matrices are decayed; vectors, scalars and what `no_weight_decay()` names are not.
 
     open_clip_train/optim.py: gains, biases and logit scale have at most one dimension; position and

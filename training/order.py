@@ -28,6 +28,7 @@ class Purpose(enum.IntEnum):
     BUCKETS = 2
     VIEW = 3
     STEP = 4
+    DRAWS = 5
 
 
 @dataclass(frozen=True)

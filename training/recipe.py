@@ -4,20 +4,29 @@ import logging
 import os
 import shutil
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
-from clipserve import checkpoint
-from clipserve.config import Config
+from clipserve import checkpoint, wordpiece
+from clipserve.albef import Albef
+from clipserve.config import Config, ModelConfig
 from clipserve.embed import computes_bf16, resolve_device
 from clipserve.errors import ConfigError, DataError
 from clipserve.images import TrainTransform
 from clipserve.metrics import RETRIEVAL_METRICS
 from clipserve.model import Model, create
+from clipserve.objectives import SelfSupervision
 from clipserve.shards import ShardSet
 from clipserve.towers import architecture_config
+from clipserve.weights import load_bert, load_image_tower
+from training.augment import ViewTransform
 from training.data import REMOTE_SHUFFLE_SHARDS, Data
 from training.distributed import World
+from training.forward import Networks, modules_of
+from training.networks import build as build_networks
 from training.optim import build_optimizer
 from training.order import OrderSettings
 from training.state import State
@@ -34,21 +43,32 @@ class Run:
     state: State
     stream: Stream
     val: ShardSet | None
+    networks: Networks
     device: torch.device
     autocast: bool
-    compile: bool
     total_steps: int
     world: World
 
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """All that is trained."""
+        return [*self.state.model.parameters(), *self.networks.heads.parameters()]
 
-def prepare(config: Config, data: Data, world: World) -> Run:
-    """Build and check everything; raises ClipserveError. Nothing is written."""
+
+def prepare(config: Config, data: Data, world: World, vocabulary: Path | None = None) -> Run:
+    """Build and check everything; raises ClipserveError. Nothing is written.
+
+    `vocabulary` is the folder of `training.vocabulary`, if the model needs it.
+    """
     device = _device(config, world)
     _check_best_metric(config, data)
     torch.manual_seed(config.train.seed)
-    model = build_model(config).to(device)
-    world.same_weights(model.network)
+    model = build_model(config, vocabulary).to(device)
+    _check_rerank(config, model)
     compile_towers = _use_compile(config, device)
+    networks = build_networks(config, model, world, compile_towers)
+    for module in (model.network, *modules_of(networks).values()):
+        world.same_weights(module)
     stream = _build_stream(config, data, model, world, compile_towers)
     if not world.agrees(repr(stream.order.identity).encode()):
         raise DataError(
@@ -59,12 +79,17 @@ def prepare(config: Config, data: Data, world: World) -> Run:
     )
     return Run(
         config=config,
-        state=State(model, build_optimizer(model, config.optim), stream.order.identity),
+        state=State(
+            model,
+            build_optimizer(model, config.optim, networks.heads),
+            stream.order.identity,
+            modules_of(networks),
+        ),
         stream=stream,
         val=data.val,
+        networks=networks,
         device=device,
         autocast=_use_bf16(config, device),
-        compile=compile_towers,
         total_steps=total_steps,
         world=world,
     )
@@ -80,7 +105,14 @@ def _build_stream(
     transform = TrainTransform(model.transform, settings.crop_scale, settings.crop_ratio)
     return Stream(
         data.train,
-        SampleSettings(transform, settings.caption_fields, settings.decoder == "exact"),
+        SampleSettings(
+            transform,
+            settings.caption_fields,
+            settings.decoder == "exact",
+            _view_transform(config, model),
+            settings.label_field,
+            settings.picture_field,
+        ),
         model.tokenizer,
         OrderSettings(
             batch_size=settings.batch_size,
@@ -96,6 +128,15 @@ def _build_stream(
     )
 
 
+def _view_transform(config: Config, model: Model) -> ViewTransform | None:
+    """What makes the two views that self-supervision compares."""
+    wanted = [o for o in config.objectives if isinstance(o, SelfSupervision)]
+    if not wanted:
+        return None
+    scale = wanted[0].crop_scale  # all have the same
+    return ViewTransform(TrainTransform(model.transform, scale, config.data.crop_ratio))
+
+
 def _device(config: Config, world: World) -> torch.device:
     """One GPU for each process of a machine, as torchrun numbers them."""
     device = resolve_device(config.train.device)
@@ -105,12 +146,14 @@ def _device(config: Config, world: World) -> torch.device:
     return device
 
 
-def build_model(config: Config) -> Model:
+def build_model(config: Config, vocabulary: Path | None = None) -> Model:
     """Fresh weights, or those of `model.pretrained`, in float32 and training mode."""
     source, architecture = config.model.pretrained, config.model.architecture
     if source is None:
         assert architecture is not None  # the configuration holds one of the two
-        return create(architecture).train()
+        model = create(_with_vocabulary(architecture, vocabulary)).train()
+        _load_parts(config.model, model)
+        return model
     if not checkpoint.is_model_directory(source):
         raise ConfigError(
             f"model.pretrained = {source!r} is not a clipserve model directory;"
@@ -125,11 +168,47 @@ def build_model(config: Config) -> Model:
     return model
 
 
+def _load_parts(config: ModelConfig, model: Model) -> None:
+    """Weights from elsewhere for an ALBEF's tower or layers."""
+    image, text = config.pretrained_image, config.pretrained_text
+    if not (image or text):
+        return
+    if not isinstance(model.network, Albef):
+        raise ConfigError(
+            "model.pretrained_image and model.pretrained_text are for ALBEF architectures; name a"
+            " whole model as model.pretrained"
+        )
+    if image:
+        load_image_tower(model.network, Path(image))
+    if text:
+        load_bert(model.network, Path(text))
+
+
+def _with_vocabulary(
+    architecture: str | dict[str, Any], folder: Path | None
+) -> str | dict[str, Any]:
+    if folder is None:
+        return architecture
+    table = architecture_config(architecture) if isinstance(architecture, str) else architecture
+    size = wordpiece.load(folder).vocab_size  # few captions may not give as many as asked for
+    text = table["text_cfg"] | {"tokenizer_path": str(folder), "vocab_size": size}
+    return table | {"text_cfg": text}
+
+
 def _check_best_metric(config: Config, data: Data) -> None:
-    known = [f"val/{name}" for name in RETRIEVAL_METRICS]
+    stages = ["", "reranked_"] if config.train.rerank else [""]
+    known = [f"val/{stage}{name}" for stage in stages for name in RETRIEVAL_METRICS]
     if data.val is not None and config.train.best_metric not in known:
         raise ConfigError(
             f"train.best_metric {config.train.best_metric!r} is not one of {', '.join(known)}"
+        )
+
+
+def _check_rerank(config: Config, model: Model) -> None:
+    if config.train.rerank and not model.has_fusion:
+        raise ConfigError(
+            f"train.rerank = {config.train.rerank} needs the fusion layers of an ALBEF, which this"
+            " model lacks; set train.rerank = 0"
         )
 
 

@@ -6,7 +6,7 @@ import enum
 import multiprocessing
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from types import FrameType
 from typing import Any
 
@@ -90,7 +90,7 @@ def begin_worker(worker: int) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def without_interruption(loader: DataLoader[Any]) -> Iterator[Any]:
+def without_interruption(loader: DataLoader[Any]) -> Generator[Any]:
     """The loader's batches; that a worker died is told where a batch is taken, and nowhere else.
 
     torch's handler raises in whatever the main thread does just then: a step half done, after which

@@ -24,7 +24,7 @@ from clipserve.files import sha256 as file_sha256
 from clipserve.model import Model
 from training.order import Position, Purpose
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _STATE = "state.json"
 _OPTIMIZER = "optimizer.safetensors"
 
@@ -60,7 +60,7 @@ class State:
         """Write state/ into a new checkpoint folder."""
         state = folder / "state"
         state.mkdir()
-        files = {_OPTIMIZER: _moments(self.optimizer)}
+        files = {_OPTIMIZER: _moments(self.optimizer, self._names())}
         files |= {f"{name}.safetensors": m.state_dict() for name, m in self.extras.items()}
         for name, tensors in files.items():
             save_tensors(tensors, state / name)
@@ -88,19 +88,43 @@ class State:
             )
         content = _read_state(directory / "state")
         _check_order(directory, content["order"], self.order)
-        missing = {f"{name}.safetensors" for name in self.extras} - set(content["files"])
-        if missing:
-            raise CheckpointError(
-                f"{directory} lacks {', '.join(sorted(missing))}, which this run's objectives"
-                " need; start anew in another `out`"
-            )
-        self.model.network.load_state_dict(saved.network.state_dict())
-        for name, module in self.extras.items():
-            module.load_state_dict(load_file(directory / "state" / f"{name}.safetensors"))
+        self._check_extras(directory, set(content["files"]))
         moments = load_file(directory / "state" / _OPTIMIZER)
-        self.optimizer.load_state_dict(_optimizer_state(self.optimizer, moments))
+        try:
+            optimizer = _optimizer_state(self.optimizer, self._names(), moments)
+            for name, module in self.extras.items():
+                module.load_state_dict(load_file(directory / "state" / f"{name}.safetensors"))
+        except (RuntimeError, ValueError) as error:
+            first = " ".join(str(error).split())[:200]
+            raise CheckpointError(
+                f"{directory} was written with other objectives or sizes than this run's ({first});"
+                " change them back, or start anew in another `out`"
+            ) from None
+        self.model.network.load_state_dict(saved.network.state_dict())
+        self.optimizer.load_state_dict(optimizer)
         self.position = Position(**content["position"])
         self.counters = Counters(**content["counters"])
+
+    def _check_extras(self, directory: Path, files: set[str]) -> None:
+        needed = {f"{name}.safetensors" for name in self.extras}
+        for what, names in (
+            ("lacks", needed - files),
+            ("holds", files - needed - {_OPTIMIZER}),
+        ):
+            if names:
+                verb = "need" if what == "lacks" else "have no use for"
+                raise CheckpointError(
+                    f"{directory} {what} {', '.join(sorted(names))}, which this run's objectives"
+                    f" {verb}; change them back, or start anew in another `out`"
+                )
+
+    def _names(self) -> dict[int, str]:
+        """The name of each trained parameter, by its identity."""
+        named = [*self.model.network.named_parameters()]
+        if "heads" in self.extras:
+            heads = self.extras["heads"].named_parameters()
+            named += [(f"heads.{name}", parameter) for name, parameter in heads]
+        return {id(parameter): name for name, parameter in named}
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -125,6 +149,11 @@ def _read_state(state: Path) -> dict[str, Any]:
         raise CheckpointError(f"{state} cannot be resumed from: {error}") from None
     if text != json.dumps(content, indent=1) or content.get("checksum") != _checksum(content):
         raise CheckpointError(f"{state / _STATE} was changed after it was written")
+    if content["format_version"] < FORMAT_VERSION:
+        raise CheckpointError(
+            f"{state} has format {content['format_version']} of an earlier clipserve, which cannot"
+            " be continued exactly; start anew in another `out`, with model.pretrained"
+        )
     if content["format_version"] > FORMAT_VERSION:
         raise CheckpointError(
             f"{state} has format {content['format_version']}; this version reads up to"
@@ -152,19 +181,27 @@ def _checksum(content: dict[str, Any]) -> str:
     return sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def _moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _moments(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[str, Tensor]:
+    """`MOMENT/PARAMETER` -> its tensor, of every parameter that has had a gradient."""
     return {
-        f"{index}.{name}": value
-        for index, moments in optimizer.state_dict()["state"].items()
-        for name, value in moments.items()
+        f"{moment}/{names[id(parameter)]}": value
+        for parameter, moments in optimizer.state.items()
+        for moment, value in moments.items()
     }
 
 
 def _optimizer_state(
-    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
+    optimizer: torch.optim.Optimizer, names: Mapping[int, str], tensors: Mapping[str, Tensor]
 ) -> dict[str, Any]:
-    moments: dict[int, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        index, _, key = name.partition(".")
-        moments.setdefault(int(index), {})[key] = value
-    return {"state": moments, "param_groups": optimizer.state_dict()["param_groups"]}
+    """What Optimizer.load_state_dict takes, by place. ValueError for a moment that fits nothing."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    places = {names[id(parameter)]: place for place, parameter in enumerate(parameters)}
+    found: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        moment, _, name = key.partition("/")
+        if name not in places:
+            raise ValueError(f"its optimizer knows a parameter {name}, which is not trained here")
+        if value.ndim and value.shape != parameters[places[name]].shape:
+            raise ValueError(f"{name} has {tuple(value.shape)} there")
+        found.setdefault(places[name], {})[moment] = value
+    return {"state": found, "param_groups": optimizer.state_dict()["param_groups"]}

@@ -9,8 +9,9 @@ Legend: B batch, H height, W width, T text tokens.
 
 import contextlib
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from hashlib import blake2b
 from itertools import islice
 from pickle import UnpicklingError
 from queue import SimpleQueue
@@ -26,6 +27,7 @@ from clipserve.images import ImageLimits, TrainTransform, decode_image
 from clipserve.shards import BadSample, Sample
 from clipserve.sources import clean_captions
 from clipserve.text import Tokenizer
+from training.augment import ViewTransform
 from training.decoding import decode_crop
 from training.distributed import ALONE, World
 from training.mixture import Mixture
@@ -49,13 +51,32 @@ class Batch:
     ids: Tensor
     samples: list[int]
     num_truncated: int
+    groups: Tensor
+    """(B, 3) int64: equal numbers in a column are the same picture, caption or label"""
+    captions: list[str] = field(default_factory=list)
+    views: Tensor | None = None
+    """(2, B, 3, H, W) uint8, where an objective wants augmented views"""
     bad: list[BadSample] = field(default_factory=list)
     error: Exception | None = None
     """what stopped a worker; raised where the batch is taken"""
 
     def pin_memory(self) -> "Batch":
-        pixels, ids = self.pixels.pin_memory(), self.ids.pin_memory()
-        return replace(self, pixels=pixels, ids=ids)
+        """The same in memory from which a GPU copies by itself."""
+        return self._apply(Tensor.pin_memory)
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same on a device."""
+        return self._apply(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _apply(self, move: Callable[[Tensor], Tensor]) -> "Batch":
+        views = None if self.views is None else move(self.views)
+        return replace(
+            self,
+            pixels=move(self.pixels),
+            ids=move(self.ids),
+            groups=move(self.groups),
+            views=views,
+        )
 
 
 @dataclass(frozen=True)
@@ -67,6 +88,12 @@ class SampleSettings:
     """JSON fields to draw the caption from, with their weights; None: the captions as packed"""
     exact_decoding: bool = False
     """Pillow's full decoding, as open_clip does it, in place of `decode_crop`"""
+    views: ViewTransform | None = None
+    """what makes two augmented views of each picture"""
+    label_field: str | None = None
+    """JSON field with the class of a picture"""
+    picture_field: str | None = None
+    """JSON field that names a picture; None: its bytes do"""
 
 
 class Stream:
@@ -115,11 +142,20 @@ class Stream:
             # Its own: else starting the workers would draw from the generator that dropout uses.
             generator=torch.Generator(),
         )
-        iterator = without_interruption(loader)
-        while (batch := _next(iterator)) is not None:
-            if batch.error is not None:
-                raise batch.error
-            yield batch
+        with contextlib.closing(without_interruption(loader)) as iterator:
+            while (batch := _next(iterator)) is not None:
+                if batch.error is not None:
+                    raise batch.error
+                yield batch
+
+
+def captions_in(sample: Sample, name: str) -> tuple[str, ...]:
+    """The texts in a JSON field of a sample; of `caption`, its captions as packed."""
+    if name == "caption":
+        return clean_captions(sample.captions)
+    value = sample.metadata.get(name)
+    texts = value if isinstance(value, list) else [value]
+    return clean_captions(text for text in texts if isinstance(text, str))
 
 
 def _next(batches: Iterator[Batch]) -> Batch | None:
@@ -205,6 +241,8 @@ class _Decoded:
     sample: int
     pixels: np.ndarray
     caption: str
+    groups: tuple[int, int, int]
+    views: np.ndarray | None
 
 
 class _Samples(Dataset[_Decoded | BadSample | Exception]):
@@ -227,12 +265,30 @@ class _Samples(Dataset[_Decoded | BadSample | Exception]):
             return self._bad(draw, "empty_caption", what)
         try:
             pixels = self._decode(sample.image, random)
+            views = self._draw_views(sample.image, random)
         except ImageError as error:
             return self._bad(draw, "bad_image", str(error))
-        return _Decoded(draw.sample, pixels, caption)
+        return _Decoded(draw.sample, pixels, caption, self._groups(draw, sample, caption), views)
 
     def _bad(self, draw: Draw, kind: str, reason: str) -> BadSample:
         return BadSample(*self._data.key(draw.sample), kind, reason)
+
+    def _groups(self, draw: Draw, sample: Sample, caption: str) -> tuple[int, int, int]:
+        """Numbers of the picture, the caption and the label; without a label one of its own."""
+        settings, fields = self._settings, sample.metadata
+        picture = fields.get(settings.picture_field) if settings.picture_field else None
+        label = fields.get(settings.label_field) if settings.label_field else None
+        return (
+            _number(sample.image if picture is None else repr(picture).encode()),
+            _number(" ".join(caption.casefold().split()).encode()),
+            -1 - draw.sample if label is None else _number(repr(label).encode()),
+        )
+
+    def _draw_views(self, image: bytes, random: np.random.Generator) -> np.ndarray | None:
+        transform = self._settings.views
+        if transform is None:
+            return None
+        return np.stack([transform(image, random, self._limits) for _ in range(2)])
 
     def _decode(self, image: bytes, random: np.random.Generator) -> np.ndarray:
         transform = self._settings.transform
@@ -241,13 +297,18 @@ class _Samples(Dataset[_Decoded | BadSample | Exception]):
         return decode_crop(image, transform, random, self._limits)
 
 
+def _number(content: bytes) -> int:
+    """0 .. 2**63 - 1, the same for the same content."""
+    return int.from_bytes(blake2b(content, digest_size=8).digest(), "big") >> 1
+
+
 def _draw_caption(
     sample: Sample, fields: Mapping[str, float] | None, random: np.random.Generator
 ) -> str:
     """One of the sample's captions, or "" if it has none; of a field with several, any."""
     captions = sample.captions
     if fields is not None:
-        found = {name: _captions_in(sample, name) for name in fields}
+        found = {name: captions_in(sample, name) for name in fields}
         present = [name for name, texts in found.items() if texts]
         if not present:
             return ""
@@ -255,14 +316,6 @@ def _draw_caption(
         captions = found[present[int(random.choice(len(present), p=weights / weights.sum()))]]
     captions = clean_captions(captions)
     return captions[int(random.integers(len(captions)))] if captions else ""
-
-
-def _captions_in(sample: Sample, name: str) -> tuple[str, ...]:
-    if name == "caption":
-        return clean_captions(sample.captions)
-    value = sample.metadata.get(name)
-    texts = value if isinstance(value, list) else [value]
-    return clean_captions(text for text in texts if isinstance(text, str))
 
 
 class _Collate:
@@ -282,6 +335,14 @@ class _Collate:
             ids,
             [item.sample for item in good],
             sum(tokens.truncated),
+            torch.tensor([item.groups for item in good], dtype=torch.int64).view(-1, 3),
+            [item.caption for item in good],
+            _stack_views(good),
             [item for item in items if isinstance(item, BadSample)],
             next((item for item in items if isinstance(item, Exception)), None),
         )
+
+
+def _stack_views(items: list[_Decoded]) -> Tensor | None:
+    views = [item.views for item in items if item.views is not None]
+    return torch.from_numpy(np.stack(views, axis=1)) if views else None  # (2, B, 3, H, W)

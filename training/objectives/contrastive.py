@@ -36,9 +36,10 @@ def contrastive_loss(
     the loss, and their gradients to its gradient where the gathered rows carry theirs.
 
     With `tile_size` the logits are made by squares of that many rows, and again in the backward: 4
-    products instead of 3, in O(N) memory. Squares of 512 to 1024 stay in a CPU's cache, which more
-    than pays for that (benchmarks/contrastive.py). Logits are float32 at least, whatever autocast
-    says: at a scale of 100 bf16 would round them to steps of a half.
+    products instead of 3, in O(N) memory (benchmarks/contrastive.py). 2048 is a good size: squares
+    of 512 are as fast alone, but slow where other programs make a CPU's threads wait for each other
+    (6 times dense, 2-core Xeon, 2026-11). Logits are float32 at least, whatever autocast says: at a
+    scale of 100 bf16 would round them to steps of a half.
     """
     own = slice(None) if own is None else own
     size, exact = len(image), torch.promote_types(image.dtype, torch.float32)

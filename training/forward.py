@@ -1,0 +1,216 @@
+"""One batch through the model, its momentum copy and the teacher: what the objectives see.
+
+`look` computes, and changes nothing. With several ranks the features of the whole batch are there
+on each, with gradients; a rank's objectives answer for its `own` rows.
+
+Legend: B own rows, N global batch, E embedding, T text tokens.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from clipserve.model import Encoded, Model
+from clipserve.objectives import Same
+from training.distributed import World
+from training.momentum import FeatureQueue, Twin
+from training.order import Purpose
+from training.streaming import Batch
+
+Forward = Callable[[Tensor, Tensor], Encoded]
+_COLUMNS = {"picture": 0, "caption": 1, "label": 2}
+
+
+@dataclass(frozen=True)
+class Networks:
+    """All that a batch goes through. `forward` and `momentum_forward` may be compiled."""
+
+    model: Model
+    forward: Forward
+    heads: nn.ModuleDict
+    """what objectives learn beside the model"""
+    momentum: Model | None = None
+    momentum_forward: Forward | None = None
+    twin: Twin | None = None
+    queue: FeatureQueue | None = None
+    teacher: Model | None = None
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """What the momentum copy makes of a batch, without gradient."""
+
+    encoded: Encoded
+    image: Tensor
+    text: Tensor
+    """(N, E), unit length"""
+
+
+@dataclass
+class Step:
+    """The tensors of one step. Rows `own` of those of (N, ...) are this rank's."""
+
+    networks: Networks
+    world: World
+    batch: Batch
+    counts: list[int]
+    """rows of each rank"""
+    encoded: Encoded
+    image: Tensor
+    text: Tensor
+    """(N, E), unit length, with the gradients of all ranks"""
+    groups: Tensor
+    """(N, 3): equal numbers in a column are the same picture, caption or label"""
+    scale: Tensor
+    bias: Tensor | None
+    ramp: float
+    """how far, from 0 to 1, the ramp of alpha is"""
+    random: torch.Generator
+    """draws the same on every rank"""
+    momentum: "Remembered | None" = None
+    """the same by the momentum copy"""
+    reports: dict[str, Tensor] = field(default_factory=dict)
+    """numbers for the log beside the losses: each rank's share of a sum"""
+
+    @property
+    def own(self) -> slice:
+        """This rank's rows."""
+        first = sum(self.counts[: self.world.rank])
+        return slice(first, first + self.counts[self.world.rank])
+
+    @property
+    def size(self) -> int:
+        """N."""
+        return sum(self.counts)
+
+    def same(self, columns: tuple[Same, ...]) -> Tensor | None:
+        """(N, G) the wanted columns of `groups`; None if there are none."""
+        return self.groups[:, [_COLUMNS[c] for c in columns]] if columns else None
+
+    def queued(self, columns: tuple[Same, ...]) -> Tensor | None:
+        """(K, G) likewise of the queue."""
+        queue = self.networks.queue
+        return queue.groups[:, [_COLUMNS[c] for c in columns]] if queue and columns else None
+
+    def noise(self, *shape: int) -> Tensor:
+        """Uniform in [0, 1); whatever number of ranks there is, a row gets the same."""
+        return torch.rand(*shape, generator=self.random, device=self.random.device)
+
+    def count(self, number: int) -> int:
+        """The sum over all ranks."""
+        return int(self.world.exchange(number).sum())
+
+
+def look(
+    networks: Networks,
+    batch: Batch,
+    counts: list[int],
+    world: World,
+    *,
+    seed: int,
+    step: int,
+    ramp: float = 1.0,
+) -> Step:
+    """Everything that the objectives share. Call it under `precision`."""
+    model = networks.model
+    batch = batch.to(model.device)
+    pixels, ids = (batch.pixels, batch.ids) if batch.samples else _blank(model)
+    batch = replace(batch, ids=ids[: len(batch.samples)])  # as wide as the states, also of no rows
+    pixels = model.transform.normalize(pixels)
+    encoded = _first(networks.forward(pixels, ids), len(batch.samples))
+    return Step(
+        networks,
+        world,
+        batch,
+        counts,
+        encoded,
+        image=world.gather(encoded.image, counts),
+        text=world.gather(encoded.text, counts),
+        groups=world.gather(batch.groups, counts),
+        scale=model.logit_scale,
+        bias=model.logit_bias,
+        ramp=ramp,
+        random=_generator(model.device, seed, step),
+        momentum=_remember(networks, pixels, ids, counts, world),
+    )
+
+
+@torch.no_grad()
+def _remember(
+    networks: Networks, pixels: Tensor, ids: Tensor, counts: list[int], world: World
+) -> Remembered | None:
+    if networks.momentum_forward is None:
+        return None
+    encoded = _first(networks.momentum_forward(pixels, ids), counts[world.rank])
+    image, text = (world.gather(part, counts) for part in (encoded.image, encoded.text))
+    return Remembered(encoded, image, text)
+
+
+def _blank(model: Model) -> tuple[Tensor, Tensor]:
+    """A pair to take part with, where a short batch leaves a rank without any."""
+    ids = model.tokenizer([""]).ids
+    return torch.zeros(1, 3, *model.transform.size, device=model.device), ids.to(model.device)
+
+
+def _first(encoded: Encoded, count: int) -> Encoded:
+    if count == len(encoded.image):
+        return encoded
+    parts = {name: part[:count] for name, part in encoded._asdict().items() if part is not None}
+    return Encoded(**parts)
+
+
+def _generator(device: torch.device, seed: int, step: int) -> torch.Generator:
+    words = np.random.SeedSequence((seed, Purpose.DRAWS, step)).generate_state(2, np.uint32)
+    return torch.Generator(device).manual_seed(int(words[0]) << 32 | int(words[1]))
+
+
+@torch.no_grad()
+def ask_teacher(step: Step, teacher: Model) -> tuple[Tensor, Tensor]:
+    """The teacher's unit vectors (B, E') of this rank's pictures and captions.
+
+    It sees the student's crop, at its own size, and the caption through its own tokenizer.
+    """
+    if not step.batch.samples:  # towers want a row
+        nothing = step.image.new_zeros(0, teacher.embed_dim)
+        return nothing, nothing
+    pixels = step.batch.pixels
+    if tuple(pixels.shape[2:]) != tuple(teacher.transform.size):
+        resized = F.interpolate(
+            pixels.float(), teacher.transform.size, mode="bicubic", antialias=True
+        )
+        pixels = resized.round().clamp(0, 255).byte()
+    tokens = teacher.tokenizer(step.batch.captions)
+    ids = tokens.cut() if teacher.can_cut_text else tokens.ids
+    image = teacher.encode_image(teacher.transform.normalize(pixels))
+    return image, teacher.encode_text(ids.to(teacher.device))
+
+
+@contextlib.contextmanager
+def precision(device: torch.device, autocast: bool) -> Iterator[None]:
+    """bf16 autocast. On a CPU with the plain attention kernel: the fused one's bf16 backward took
+    41 % of a step (2-core Xeon with AMX, 2026-11). And without torch's shortcut through attention
+    in evaluation mode, which autocast makes slower than the long way: the momentum copy's."""
+    if not autocast:
+        yield
+        return
+    with torch.autocast(device.type, dtype=torch.bfloat16), contextlib.ExitStack() as stack:
+        if device.type == "cpu":
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.callback(
+            torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled()
+        )
+        torch.backends.mha.set_fastpath_enabled(False)
+        yield
+
+
+def modules_of(networks: Networks) -> Mapping[str, nn.Module]:
+    """What belongs to the run's state beside the model."""
+    found = {"momentum": networks.twin, "queue": networks.queue}
+    modules: dict[str, nn.Module] = {name: m for name, m in found.items() if m is not None}
+    return modules | ({"heads": networks.heads} if len(networks.heads) else {})
