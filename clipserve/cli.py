@@ -8,7 +8,7 @@ import importlib.metadata
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, get_args
 
 import typer
 
@@ -280,25 +280,31 @@ def evaluate(
     rerank: Annotated[
         int, typer.Option(min=0, help="retrieval: candidates that ALBEF's matching orders again.")
     ] = 0,
-    plus_cosine: Annotated[
-        bool, typer.Option("--plus-cosine", help="Order them by matching and cosine together.")
-    ] = False,
+    rerank_score: Annotated[
+        str, typer.Option(help="matching, matching+cosine, or matching+contrastive.")
+    ] = "matching",
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
     """Measure a model on shards; prints JSON, rates as fractions of one."""
     from clipserve.checkpoint import load
+    from clipserve.config import RerankScore
     from clipserve.shards import ShardSet
     from training.evaluate.report import evaluate as run
 
     wanted = [task.strip() for task in tasks.split(",") if task.strip()]
     if rerank and "retrieval" not in wanted:
         raise ConfigError("--rerank is for the task retrieval; add it to --tasks")
-    if plus_cosine and not rerank:
-        raise ConfigError("--plus-cosine needs --rerank K, the number of candidates")
+    score = next((known for known in get_args(RerankScore) if known == rerank_score), None)
+    if score is None:
+        raise ConfigError(
+            f"--rerank-score {rerank_score!r} is not one of {', '.join(get_args(RerankScore))}"
+        )
+    if score != "matching" and not rerank:
+        raise ConfigError("--rerank-score needs --rerank K, the number of candidates")
     shards = ShardSet.open(data)
     loaded = load(model, device, dtype)
-    print_json(run(loaded, shards, wanted, label_field, templates, rerank, plus_cosine))
+    print_json(run(loaded, shards, wanted, label_field, templates, rerank, score))
 
 
 @app.command()

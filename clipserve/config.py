@@ -18,6 +18,7 @@ from clipserve.errors import ConfigError
 from clipserve.objectives import Contrastive, Objective, check_objectives
 from clipserve.sections import Section, Weight
 
+RerankScore = Literal["matching", "matching+cosine", "matching+contrastive"]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -160,8 +161,8 @@ class TrainConfig(Section):
     """the validation metric, larger is better, that `best` follows"""
     rerank: Annotated[int, Field(ge=0)] = 0
     """at validation, candidates per query that ALBEF's matching puts in a better order; 0: none"""
-    rerank_score: Literal["matching", "matching+cosine"] = "matching"
-    """what they are ordered by: the matching logit, or its sum with the cosine"""
+    rerank_score: RerankScore = "matching"
+    """what they are ordered by: the matching logit, plus the cosine, or plus scale times cosine"""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

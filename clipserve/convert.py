@@ -42,6 +42,8 @@ _QUEUE = {
     "queue.cursor": "queue_ptr",
     "queue.pictures": "idx_queue",
 }
+_RUN_QUEUE = {"stored_image", "stored_text", "stored_groups", "_extra_state"}
+"""what a training run saves of its queue; the last is how many pairs were ever pushed"""
 _WORDS, _DECODER = "bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"
 _BIAS, _DECODER_BIAS = "cls.predictions.bias", "cls.predictions.decoder.bias"
 
@@ -71,10 +73,20 @@ def import_checkpoint(
 
 
 def export_checkpoint(source: Path, out: Path, kind: Literal["albef"] = "albef") -> None:
-    """Write the model of a directory, and its momentum weights if it has any, as ALBEF's file."""
+    """Write the model of a directory as ALBEF's file; the inverse of `import_checkpoint`.
+
+    ALBEF's own code wants momentum copies in every file. They are those of the training run, if
+    `source` is a checkpoint of one that had them; else those that the model was imported with; else
+    the weights themselves. The queue comes with the copies. One of a run is left out while it is
+    not full, which ALBEF's cannot say; and so are the numbers of its pictures, which mean nothing
+    beside other data. Raises ConfigError for a model that the layout cannot hold, CheckpointError
+    for a damaged directory.
+    """
     _check_kind(kind)
     model = checkpoint.load_for_training(source)
-    write_albef(model, checkpoint.load_momentum(source), out)
+    weights = model.network.state_dict()
+    momentum = _read_run(source / "state", weights.keys()) or checkpoint.load_momentum(source)
+    write_albef(model, momentum or _as_twin(weights), out)
 
 
 def read_albef(
@@ -229,8 +241,33 @@ def _read_momentum(tensors: dict[str, Tensor], network: Albef, file: Path) -> di
     queue = {
         ours: _turn(ours, tensors[theirs]) for ours, theirs in _QUEUE.items() if theirs in tensors
     }
-    check_names(file, {_QUEUE[name] for name in queue} | {"idx_queue"}, queues)
-    return {f"twin.{name}": tensor for name, tensor in weights.items()} | queue
+    if queue:
+        check_names(file, {_QUEUE[name] for name in queue} | {"idx_queue"}, queues)
+    return _as_twin(weights) | queue
+
+
+def _read_run(state: Path, names: Iterable[str]) -> dict[str, Tensor] | None:
+    """What a run remembers, as `read_albef` gives it; None if it has no momentum copy.
+
+    `names` are the network's. The n-th pair that was pushed lies in slot n mod K there.
+    """
+    file, queue_file = state / "momentum.safetensors", state / "queue.safetensors"
+    if not file.is_file():
+        return None
+    weights, queue = read_tensors(file), read_tensors(queue_file)
+    check_names(file, weights, names)
+    check_names(queue_file, queue, _RUN_QUEUE)
+    found = _as_twin(weights)
+    size, pushed = len(queue["stored_image"]), int(queue["_extra_state"])
+    if 0 < size <= pushed:  # the oldest first: ALBEF's cursor must be a multiple of its batch
+        for name in ("image", "text"):
+            found[f"queue.{name}"] = queue[f"stored_{name}"].roll(-(pushed % size), dims=0)
+        found["queue.cursor"] = torch.tensor([0])
+    return found
+
+
+def _as_twin(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"twin.{name}": tensor for name, tensor in weights.items()}
 
 
 def _turn(name: str, queue: Tensor) -> Tensor:

@@ -3,11 +3,12 @@
 Slower than comparing two vectors and more exact, so it is for few pairs: `match` for pairs given,
 `match_pairs` to order again what the vectors found. Only models with fusion layers can do it.
 
-Legend: I pictures, N pairs or texts, P image tokens, T text tokens, D width.
+Legend: I pictures, N pairs or texts, G pictures of a batch, n texts for each of them, P image
+tokens, T text tokens, D width.
 """
 
-from collections.abc import Iterable
-from itertools import zip_longest
+from collections.abc import Iterable, Iterator
+from itertools import groupby, zip_longest
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -43,11 +44,10 @@ def match(
         pixels = np.stack([model.transform.resize(open_image(image, limits)) for image, _ in pairs])
         ids = model.tokenizer([text for _, text in pairs]).cut().to(model.device)
         normal = model.transform.normalize(torch.from_numpy(pixels).to(model.device))
-        states = model(normal, ids)
-        every = torch.arange(len(ids), device=model.device)
-        logits = match_pairs(
-            model, states.image_states, states.text_states, ids, torch.stack([every, every], 1)
-        )
+        image_states, _ = model.network.encode_image_states(normal.to(model.dtype))
+        text_states, _ = model.network.encode_text_states(ids)
+        fused = model.network.fuse(text_states, ids, image_states)
+        logits = model.network.matching_logits(fused).float()
         found.append(to_numpy(logits.softmax(dim=1)[:, 1]))
     return np.concatenate(found) if found else np.zeros(0, dtype=np.float32)
 
@@ -58,25 +58,26 @@ def match_pairs(
     text_states: Tensor,
     ids: Tensor,
     pairs: Tensor,
-    batch_size: int = 64,
+    batch_size: int = 256,
 ) -> Tensor:
     """(N, 2) float32 matching logits, column 1 for "together", of pairs (N, 2): picture, text.
 
     image_states (I, P, D) and text_states (T', T, D) with ids (T', T) are what the model's forward
     gives, for any number of pictures and texts; they may stay where they are, a batch of pairs goes
-    to the model's device at a time.
+    to the model's device at a time. Pairs of one picture should follow one another: what the
+    cross-attention needs of a picture, most of the work, is then computed once for them all.
     """
     network, device = model.network, model.device
-    logits = []
-    for first in range(0, len(pairs), batch_size):
-        picture, text = pairs[first : first + batch_size].T
+    logits = [torch.zeros(0, 2, device=device)]
+    for pictures, texts in _batches(pairs, batch_size):
+        text = texts.flatten()
         fused = network.fuse(
             text_states[text.to(text_states.device)].to(device),
             ids[text.to(ids.device)].to(device),
-            image_states[picture.to(image_states.device)].to(device),
+            image_states[pictures.to(image_states.device)].to(device),
         )
         logits.append(network.matching_logits(fused).float())
-    return torch.cat(logits) if logits else torch.zeros(0, 2, device=device)
+    return torch.cat(logits)
 
 
 def check_fusion(model: "Model") -> None:
@@ -87,3 +88,17 @@ def check_fusion(model: "Model") -> None:
             " use embed_images and embed_texts, or a model trained with the preset albef_tiny or"
             " albef_vit_b16"
         )
+
+
+def _batches(pairs: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pictures (G,) and their texts (G, n), in the order of the pairs (N, 2) and G n <= size.
+
+    Of one picture, or of several that follow one another and have equally many texts.
+    """
+    pictures, counts = torch.unique_consecutive(pairs[:, 0], return_counts=True)
+    texts_of = torch.split(pairs[:, 1], counts.tolist())
+    for count, group in groupby(zip(pictures, texts_of, strict=True), lambda item: len(item[1])):
+        for batch in batched(group, max(size // count, 1)):
+            chosen = torch.stack([picture for picture, _ in batch])
+            texts = torch.stack([texts for _, texts in batch])
+            yield from ((chosen, part) for part in torch.split(texts, size, dim=1))

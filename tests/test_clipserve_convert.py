@@ -339,10 +339,9 @@ def test_a_run_is_exported_with_its_own_momentum_copy_and_queue(
         if "_m." in name and not name.endswith("position_ids"):
             assert torch.equal(tensor, found[name.replace("_m.", ".")] + 1), name
     newest = list(range(pushed - 6, pushed))
-    cursor = int(found["queue_ptr"])
-    assert cursor == queue.cursor
+    assert found["queue_ptr"].tolist() == [0]
     assert found["image_queue"].shape == (SMALL.embed, 6)
-    assert found["image_queue"][0].roll(-cursor).tolist() == newest  # the oldest is written next
+    assert found["image_queue"][0].tolist() == newest  # the oldest is written next
     assert torch.equal(found["text_queue"], -found["image_queue"])
 
     again, momentum = read_albef(tmp_path / "out.pth", words)

@@ -1,6 +1,6 @@
 import tracemalloc
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -8,6 +8,7 @@ import torch
 from albefs import CAPTIONS, tiny_albef
 from conftest import encode, make_picture
 
+from clipserve.config import RerankScore
 from clipserve.errors import ConfigError
 from clipserve.images import decode_image
 from clipserve.metrics import KS
@@ -73,7 +74,7 @@ def reranked(
     gallery: Gallery,
     table: np.ndarray,
     k: int,
-    plus_cosine: bool = False,
+    score: RerankScore = "matching",
 ) -> dict[str, float]:
     """With logits of a match (N, M) as the table has them."""
 
@@ -84,13 +85,13 @@ def reranked(
 
     monkeypatch.setattr(rerank, "_match", match)
     nothing: Any = None
-    return evaluate_reranked(model, nothing, gallery, k, plus_cosine)
+    return evaluate_reranked(model, nothing, gallery, k, score)
 
 
-def naive(gallery: Gallery, table: np.ndarray, k: int, plus_cosine: bool) -> dict[str, float]:
+def naive(gallery: Gallery, table: np.ndarray, k: int, weight: float) -> dict[str, float]:
     """Recalls by sorting lists, one query at a time; for scores without ties."""
     cosine = gallery.images @ gallery.texts.T
-    score = table + plus_cosine * cosine
+    score = table + weight * cosine
 
     def recall(n: int, similarity: np.ndarray, logits: np.ndarray, pairs: np.ndarray) -> float:
         hits = 0
@@ -112,18 +113,19 @@ def plain(gallery: Gallery) -> dict[str, float]:
     return recalls_of(gallery.images, gallery.texts, gallery.text_of)
 
 
-@pytest.mark.parametrize("plus_cosine", [False, True])
+@pytest.mark.parametrize("score", get_args(RerankScore))
 @pytest.mark.parametrize("k", [1, 2, 5, 12, 1000])
 def test_it_equals_a_naive_restatement(
-    monkeypatch: pytest.MonkeyPatch, model: Model, k: int, plus_cosine: bool
+    monkeypatch: pytest.MonkeyPatch, model: Model, k: int, score: RerankScore
 ) -> None:
     monkeypatch.setattr(rerank, "_CHUNK_ROWS", 7)
     monkeypatch.setattr(rerank, "_CHUNK_PAIRS", 11)
     for seed in range(3):
         gallery = make_gallery(seed=seed)
         table = np.random.default_rng(seed).normal(size=truth(gallery).shape) + truth(gallery)
-        found = reranked(monkeypatch, model, gallery, table, k, plus_cosine)
-        assert found == pytest.approx(naive(gallery, table, k, plus_cosine))
+        found = reranked(monkeypatch, model, gallery, table, k, score)
+        weight = {"matching": 0.0, "matching+cosine": 1.0}.get(score, model.logit_scale.item())
+        assert found == pytest.approx(naive(gallery, table, k, weight))
 
 
 def test_a_head_that_knows_the_pairs_finds_them_all(
@@ -281,13 +283,15 @@ def test_cosines_of_many_pairs_take_little_memory(monkeypatch: pytest.MonkeyPatc
 
 
 def test_both_stages_are_told_side_by_side(model: Model, shards: ShardSet) -> None:
-    scores = evaluate_retrieval(model, shards, "val/", rerank=4, plus_cosine=True)
+    scores = evaluate_retrieval(model, shards, "val/", rerank=4, score="matching+cosine")
     gallery = embed_shards(model, shards)
     first = recalls_of(gallery.images, gallery.texts, gallery.text_of, "val/")
     second = evaluate_reranked(model, shards, gallery, 4, True, "val/reranked_")
     assert scores == first | second
     assert len(scores) == 18
-    report = evaluate(model, shards, ["retrieval"], "caption", "none", rerank=4, plus_cosine=True)
+    report = evaluate(
+        model, shards, ["retrieval"], "caption", "none", rerank=4, score="matching+cosine"
+    )
     assert report["retrieval"] == {name.removeprefix("val/"): s for name, s in scores.items()}
 
 

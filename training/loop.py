@@ -354,7 +354,7 @@ def _evaluate(run: Run) -> dict[str, float]:
         run.val,
         prefix="val/",
         rerank=settings.rerank,
-        plus_cosine=settings.rerank_score == "matching+cosine",
+        score=settings.rerank_score,
     )
 
 

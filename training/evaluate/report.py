@@ -3,6 +3,7 @@
 import time
 from typing import Any
 
+from clipserve.config import RerankScore
 from clipserve.errors import ConfigError
 from clipserve.match import check_fusion
 from clipserve.model import Model
@@ -21,7 +22,7 @@ def evaluate(
     label_field: str,
     templates: str,
     rerank: int = 0,
-    plus_cosine: bool = False,
+    score: RerankScore = "matching",
 ) -> dict[str, Any]:
     """Run `tasks`. Rates are fractions of one. `rerank` as in `evaluate_retrieval`."""
     unknown = [task for task in tasks if task not in TASKS]
@@ -40,7 +41,7 @@ def evaluate(
     }
     if "retrieval" in tasks:
         report["retrieval"] = evaluate_retrieval(
-            model, shards, gallery=gallery, rerank=rerank, plus_cosine=plus_cosine
+            model, shards, gallery=gallery, rerank=rerank, score=score
         )
     if "zeroshot" in tasks:
         scores = evaluate_zeroshot(model, shards, gallery.images, label_field, templates)

@@ -1,5 +1,6 @@
 """Image-text retrieval on shards: captions search the pictures, pictures the captions."""
 
+from clipserve.config import RerankScore
 from clipserve.match import check_fusion
 from clipserve.metrics import retrieval
 from clipserve.model import Model
@@ -15,7 +16,7 @@ def evaluate_retrieval(
     *,
     gallery: Gallery | None = None,
     rerank: int = 0,
-    plus_cosine: bool = False,
+    score: RerankScore = "matching",
 ) -> dict[str, float]:
     """Recall at 1, 5 and 10 both ways over the whole set; keys as in `clipserve.metrics`.
 
@@ -29,5 +30,5 @@ def evaluate_retrieval(
     scores = retrieval(gallery.images, gallery.texts, gallery.text_of, prefix)
     if rerank:
         again = f"{prefix}reranked_"
-        scores |= evaluate_reranked(model, shards, gallery, rerank, plus_cosine, again)
+        scores |= evaluate_reranked(model, shards, gallery, rerank, score, again)
     return scores
