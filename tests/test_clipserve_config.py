@@ -115,7 +115,9 @@ def test_settings_of_every_kind_of_objective_are_described() -> None:
     assert len(names) == len(set(names))
     assert "objectives[].contrastive.tile_size" in names
     assert "objectives[].momentum_contrast.queue_size" in names
-    assert "objectives[].simclr/barlow_twins/vicreg/simsiam.temperature" in names
+    assert "objectives[].simclr.temperature" in names
+    assert "objectives[].barlow_twins/vicreg/simsiam.hidden_size" in names
+    assert "objectives[].barlow_twins/vicreg/simsiam.temperature" not in names
 
 
 def test_a_config_cannot_be_written_to() -> None:
