@@ -174,3 +174,38 @@ def test_labels_from_a_file(tmp_path: Path) -> None:
     assert cli._read_labels("a, b,,c") == ["a", "b", "c"]
     with pytest.raises(ConfigError, match="none"):
         cli._read_labels("@none")
+
+
+def test_an_albef_checkpoint_goes_in_and_out(run: Run, tmp_path: Path) -> None:
+    from test_clipserve_convert import SMALL, assert_same, bert_folder, published, read_back, write
+
+    tensors = published()
+    file = write(tensors, tmp_path / "ALBEF.pth")
+    refused = run("import", file, tmp_path / "model")
+    assert refused.returncode == 2
+    assert "name the folder of a local bert-base-uncased" in refused.stderr
+    assert len(refused.stderr.splitlines()) == 1
+    words = bert_folder(tmp_path / "bert", SMALL.vocab)
+    done = run("import", file, tmp_path / "model", "--tokenizer", words)
+    assert done.returncode == 0, done.stderr
+    assert run("export", tmp_path / "model", tmp_path / "again.pth").returncode == 0
+    assert_same(read_back(tmp_path / "again.pth"), tensors)
+    refused = run("export", tmp_path / "model", tmp_path / "x", "--to", "onnx")
+    assert refused.returncode == 2
+    assert "'onnx'" in refused.stderr
+
+
+def test_reranking_that_cannot_be_meant_is_refused(
+    run: Run, model_dir: Path, captioned: Any, tmp_path: Path
+) -> None:
+    run("pack", captioned(2), tmp_path / "shards")
+    for options, reason in (
+        (["--rerank", 5], "no fusion layers"),
+        (["--rerank-score", "matching+cosine"], "needs --rerank"),
+        (["--rerank", 5, "--rerank-score", "best"], "'best' is not one of matching, "),
+        (["--rerank", 5, "--tasks", "zeroshot"], "add it to --tasks"),
+    ):
+        refused = run("evaluate", model_dir, "--data", tmp_path / "shards", *options)
+        assert refused.returncode == 2
+        assert reason in refused.stderr
+        assert len(refused.stderr.splitlines()) == 1
