@@ -1,7 +1,9 @@
 """What README and docs show exists: every command, option, file, setting and route."""
 
+import json
 import re
 import shlex
+import statistics
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -155,8 +157,6 @@ def test_links_between_pages_lead_somewhere() -> None:
 
 
 def test_numbers_in_the_readme_are_the_committed_results() -> None:
-    import json
-
     text = (ROOT / "README.md").read_text()
     results = ROOT / "benchmarks" / "results"
     demo = json.loads((results / "demo.json").read_text())
@@ -174,3 +174,16 @@ def test_numbers_in_the_readme_are_the_committed_results() -> None:
         rates = [f"{case[who]['samples_per_s']:.0f}" for who in ("clipserve", "open_clip")]
         cells = [name, *rates, str(case["ratio"]), str(case["ratio_of_worker_cpu"])]
         assert f"| {' | '.join(cells)} |" in text
+
+
+def test_numbers_of_the_objectives_are_the_committed_results() -> None:
+    text = (ROOT / "docs" / "objectives.md").read_text()
+    report = json.loads((ROOT / "benchmarks" / "results" / "objectives.json").read_text())
+    assert report["date"] in text
+    assert report["runs"]
+    for name, runs in report["runs"].items():
+        values = [100 * run["t2i_r1"] for run in runs.values()]
+        shown = f"{statistics.mean(values):.1f} \u00b1 {statistics.stdev(values):.1f}"
+        (row,) = (line for line in text.splitlines() if line.startswith(f"| {name} | "))
+        assert f"| {len(runs)} | " in row
+        assert shown in row, name
