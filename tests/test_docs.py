@@ -187,3 +187,13 @@ def test_numbers_of_the_objectives_are_the_committed_results() -> None:
         (row,) = (line for line in text.splitlines() if line.startswith(f"| {name} | "))
         assert f"| {len(runs)} | " in row
         assert shown in row, name
+
+
+def test_numbers_of_the_contrastive_loss_are_the_committed_results() -> None:
+    text = (ROOT / "docs" / "objectives.md").read_text()
+    report = json.loads((ROOT / "benchmarks" / "results" / "contrastive.json").read_text())
+    for size, row in report["peak_mb"].items():
+        cells = [f"{row[name]:.0f}" for name in ("tiled", "dense", "open_clip")]
+        shown = [f"{int(size):,}", *cells, str(row["tiled / dense"])]
+        assert f"| {' | '.join(shown)} |" in text
+    assert f"tiles take {report['seconds']['tiled / dense']} of the dense time" in text
