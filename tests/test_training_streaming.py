@@ -351,3 +351,8 @@ def test_a_column_without_a_name_names_no_picture(alike: ShardSet, tmp_path: Pat
     pictures, _, labels = columns(ShardSet.open(tmp_path / "index-shards"), count=2)
     assert pictures[0] == pictures[1]
     assert labels == [-1, -2]
+
+
+def test_no_groups_are_found_where_nobody_asks(alike: ShardSet) -> None:
+    for column in columns(alike, finds_groups=False, label_field="label"):
+        assert column == [-1, -2, -3, -4, -5, -6]

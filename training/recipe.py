@@ -112,6 +112,7 @@ def _build_stream(
             _view_transform(config, model),
             settings.label_field,
             settings.picture_field,
+            any(getattr(objective, "positives", ()) for objective in config.objectives),
         ),
         model.tokenizer,
         OrderSettings(

@@ -94,6 +94,8 @@ class SampleSettings:
     """JSON field with the class of a picture"""
     picture_field: str | None = None
     """JSON field that names a picture; None: its bytes do"""
+    finds_groups: bool = True
+    """False where no objective asks what is the same: each sample is then like itself alone"""
 
 
 class Stream:
@@ -275,13 +277,15 @@ class _Samples(Dataset[_Decoded | BadSample | Exception]):
 
     def _groups(self, draw: Draw, sample: Sample, caption: str) -> tuple[int, int, int]:
         """Numbers of the picture, the caption and the label; without a label one of its own."""
-        settings, fields = self._settings, sample.metadata
+        settings, fields, alone = self._settings, sample.metadata, -1 - draw.sample
+        if not settings.finds_groups:
+            return alone, alone, alone
         picture = fields.get(settings.picture_field) if settings.picture_field else None
         label = fields.get(settings.label_field) if settings.label_field else None
         return (
             _number(sample.image if picture is None else repr(picture).encode()),
             _number(" ".join(caption.casefold().split()).encode()),
-            -1 - draw.sample if label is None else _number(repr(label).encode()),
+            alone if label is None else _number(repr(label).encode()),
         )
 
     def _draw_views(self, image: bytes, random: np.random.Generator) -> np.ndarray | None:
