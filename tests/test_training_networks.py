@@ -201,3 +201,12 @@ def test_a_pretrained_model_without_a_momentum_copy_gets_a_new_one(
     assert found.twin is not None
     scale = found.twin.state_dict()["logit_scale"]
     assert scale.item() == pytest.approx(math.log(1 / 0.07))
+
+
+def test_momentum_weights_of_another_network_are_refused(tmp_path: Path) -> None:
+    model, remembered = imported(tmp_path, 6)
+    name = next(name for name in remembered if name.startswith("twin.text."))
+    remembered["twin.stranger"] = remembered.pop(name)
+    checkpoint.save(model, tmp_path / "model", name="albef", momentum=remembered)
+    with pytest.raises(CheckpointError, match="1 are missing and 1 unknown"):
+        networks(model, MOMENTUM, pretrained=str(tmp_path / "model"), architecture=None)

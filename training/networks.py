@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from clipserve import checkpoint
 from clipserve.config import Config
 from clipserve.embed import prepare as prepare_for_inference
-from clipserve.errors import ConfigError
+from clipserve.errors import CheckpointError, ConfigError
 from clipserve.model import Model
 from clipserve.objectives import (
     Agreement,
@@ -79,7 +79,14 @@ def _add_momentum(
 def _recall(twin: Twin, queue: FeatureQueue, remembered: dict[str, Tensor]) -> None:
     """Go on with the momentum weights and queues that a model directory was imported with."""
     weights = {k.removeprefix("twin."): v for k, v in remembered.items() if k.startswith("twin.")}
-    twin.network.load_state_dict(weights, strict=False)  # ALBEF's has no matching head
+    found = twin.network.load_state_dict(weights, strict=False)
+    # ALBEF has no copy of these two.
+    missing = [n for n in found.missing_keys if not n.startswith(("matching_head.", "logit_scale"))]
+    if missing or found.unexpected_keys:
+        raise CheckpointError(
+            f"the momentum weights of model.pretrained do not fit: {len(missing)} are missing and"
+            f" {len(found.unexpected_keys)} unknown; import the checkpoint again"
+        )
     images, texts = remembered.get("queue.image"), remembered.get("queue.text")
     if images is None or texts is None:
         return
