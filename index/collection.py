@@ -1,82 +1,65 @@
 """The durable collection: ids, metadata, vectors, thumbnails; the one owner of writes.
 
-One SQLite database (write-ahead log, synchronous=FULL) in the collection's directory: a write is on
-disk when `upsert` or `delete` returns, readers never wait, and SQLite's lock admits one writer at a
-time, whatever process it is in. A row never changes: an upsert removes the item's old row and adds
-a new one, and row numbers are never used twice, so what others cache by row number stays true.
-Start at `Collection.open`.
+One SQLite database (`database.py`) in the collection's directory: a write is on disk when `upsert`
+or `delete` returns, readers never wait, and SQLite's lock admits one writer at a time, whatever
+process it is in. A row never changes: an upsert removes the item's old row and adds a new one, and
+row numbers are never used twice, so what others cache by row number stays true. An item has a
+vector in at least one of FIELDS, all of one model. Start at `Collection.open`.
 
 Legend: N items, E embedding.
 """
 
 import contextlib
-import fcntl
+import itertools
 import json
-import os
-import sqlite3
-import threading
-import uuid
-import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+import apsw
 import numpy as np
 
 from clipserve.errors import IndexStoreError
-from clipserve.files import sync
+from index.database import DATABASE, Database, create, directory_lock, is_writable
+from index.items import Item, Unit, check_distinct, check_item, check_vectors
+from index.sqlite import damaged, fetch
 
-FORMAT_VERSION = 1
-DATABASE = "collection.sqlite3"
+__all__ = [
+    "BLOCK_ROWS",
+    "DATABASE",
+    "FIELDS",
+    "Collection",
+    "Item",
+    "Unit",
+    "check_item",
+    "directory_lock",
+    "is_writable",
+]
+
+FIELDS = ("image", "text")
+DTYPES = ("float32", "float16")
 BLOCK_ROWS = 16384
 """vectors that are read or scanned at a time: 32 MiB at E = 512"""
+REMEMBERED_WRITES = 4096
+"""for which `deleted_since` knows what they removed"""
 
-_APPLICATION_ID = 0x436C5376  # "ClSv": tells a collection from any other SQLite database
-_PAGE_BYTES = 16384  # seven vectors of E = 512 fill one; of SQLite's 4096 bytes half were wasted
-_BUSY_S = 30.0
-_MAX_ID_BYTES = 512
-_REMEMBERED_WRITES = 4096
 _IDS_PER_QUERY = 500
-_UNIT_TOLERANCE = 1e-3
-_ROUNDING = 1e-5
 
 _SCHEMA = (
-    "CREATE TABLE meta (key TEXT PRIMARY KEY, value NOT NULL) WITHOUT ROWID",
     """CREATE TABLE items (
-        rowid INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE,
-        caption TEXT NOT NULL, source TEXT NOT NULL, metadata TEXT NOT NULL)""",
-    "CREATE TABLE vectors (rowid INTEGER PRIMARY KEY, vector BLOB NOT NULL)",
+        rowid INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL, caption TEXT NOT NULL,
+        source TEXT NOT NULL, metadata TEXT NOT NULL, fields INTEGER NOT NULL)""",
+    "CREATE UNIQUE INDEX items_id ON items (id)",
+    "CREATE INDEX items_fields ON items (fields)",  # row numbers without reading the rows
+    "CREATE TABLE vectors_image (rowid INTEGER PRIMARY KEY, vector BLOB NOT NULL)",
+    "CREATE TABLE vectors_text (rowid INTEGER PRIMARY KEY, vector BLOB NOT NULL)",
     "CREATE TABLE thumbnails (rowid INTEGER PRIMARY KEY, jpeg BLOB NOT NULL)",
     """CREATE TABLE deletions (
         generation INTEGER, removed INTEGER, PRIMARY KEY (generation, removed)) WITHOUT ROWID""",
+    """CREATE TABLE units (
+        unit TEXT PRIMARY KEY, digest TEXT NOT NULL, count INTEGER NOT NULL,
+        bad INTEGER NOT NULL) WITHOUT ROWID""",
 )
-
-_REASONS = {
-    sqlite3.SQLITE_FULL: "the disk is full; nothing of this write was kept: make room, then repeat",
-    sqlite3.SQLITE_IOERR: "reading or writing failed; nothing of this write was kept: check the"
-    " disk and its free space, then repeat",
-    sqlite3.SQLITE_BUSY: f"another process has been writing for {_BUSY_S:g} s; try again",
-    sqlite3.SQLITE_READONLY: "it is read-only here; to write, make its directory and files"
-    " writable",
-    sqlite3.SQLITE_CANTOPEN: "its database cannot be opened; its directory must exist, and must be"
-    " writable unless the collection was closed cleanly and is opened read-only",
-    sqlite3.SQLITE_CORRUPT: "the database is damaged; restore a backup, or embed the source again",
-    sqlite3.SQLITE_NOTADB: "not a collection, or damaged beyond reading; restore a backup, or embed"
-    " the source again",
-}
-
-
-@dataclass(frozen=True)
-class Item:
-    """What is known of one picture, beside its vector."""
-
-    id: str
-    caption: str = ""
-    source: str = ""
-    """where it came from, for people"""
-    metadata: dict[str, Any] = field(default_factory=dict)
-    """anything JSON can hold"""
 
 
 class Collection:
@@ -85,94 +68,116 @@ class Collection:
     Made by `create`, `open` or `open_or_create`; a context manager that closes.
     """
 
-    def __init__(self, path: Path, mode: str) -> None:
-        self.path = path
-        self._mode = mode
-        self._local = threading.local()
-        self._handles: weakref.WeakSet[_Handle] = weakref.WeakSet()
-        self._is_closed = False
-        try:
-            meta = self._read_meta()
-        except IndexStoreError:
-            self.close()
-            raise
+    def __init__(self, database: Database) -> None:
+        meta = database.meta
+        self._database = database
+        self.path = database.path
+        self.name = database.name
         self.fingerprint = str(meta["fingerprint"])
         self.model_name = str(meta["model_name"])
         self.embed_dim = int(meta["embed_dim"])
-        self.identity = str(meta["identity"])
+        self.dtype = np.dtype(str(meta["dtype"])).newbyteorder("<")
+        """of the stored vectors"""
+        self.identity = database.identity
         """random, from its creation: tells it from another collection in the same directory"""
 
     @classmethod
-    def create(cls, path: Path, *, fingerprint: str, model_name: str, embed_dim: int) -> Self:
+    def create(
+        cls,
+        path: Path,
+        *,
+        fingerprint: str,
+        model_name: str,
+        embed_dim: int,
+        dtype: str = "float32",
+    ) -> Self:
         """A new, empty collection; IndexStoreError if there is one."""
-        if not _initialise(path, fingerprint, model_name, embed_dim):
+        if not _create(path, fingerprint, model_name, embed_dim, dtype):
             raise IndexStoreError(f"{path} holds a collection already; open it, or use another")
         return cls.open(path)
 
     @classmethod
     def open(cls, path: Path, *, read_only: bool = False) -> Self:
-        """An existing collection; IndexStoreError if it is none, damaged, or of a newer format.
+        """An existing collection; IndexStoreError if it is none, damaged, or of another format.
 
-        From a place that cannot be written to it opens read-only alone.
+        Also if writes are missing that were acknowledged. From a place that cannot be written to
+        it opens read-only alone.
         """
-        if not (path / DATABASE).is_file():
-            raise IndexStoreError(
-                f"{path} is not a collection: it has no {DATABASE};"
-                " make one with: clipserve embed MODEL SOURCE --collection DIR"
-            )
-        if not read_only:
-            return cls(path, "mode=rw")
-        # Without a writable directory SQLite cannot make the file that readers and writers share;
-        # nobody writes then, and the database may be read as it lies there.
-        shared = (path / f"{DATABASE}-shm").exists() or (path / f"{DATABASE}-wal").exists()
-        return cls(path, "mode=ro" if shared or is_writable(path) else "immutable=1")
+        return cls(Database.open(path, read_only=read_only))
 
     @classmethod
     def open_or_create(
-        cls, path: Path, *, fingerprint: str, model_name: str, embed_dim: int
+        cls,
+        path: Path,
+        *,
+        fingerprint: str,
+        model_name: str,
+        embed_dim: int,
+        dtype: str | None = None,
     ) -> Self:
-        """The collection, made if missing; IndexStoreError if another model's vectors are in it."""
-        _initialise(path, fingerprint, model_name, embed_dim)
+        """The collection, made if missing; IndexStoreError if another model's vectors are in it.
+
+        Also if they are stored in another dtype; None takes what is there, float32 if it is made.
+        """
+        _create(path, fingerprint, model_name, embed_dim, dtype or "float32")
         collection = cls.open(path)
         try:
             collection.check_model(fingerprint)
+            if dtype not in (None, collection.dtype.name):
+                raise IndexStoreError(
+                    f"collection {collection.name!r} stores vectors in {collection.dtype.name}, not"
+                    f" in {dtype}; leave that as it is, or make another collection"
+                )
         except IndexStoreError:
             collection.close()
             raise
         return collection
 
-    @property
-    def name(self) -> str:
-        return self.path.absolute().name
-
     def upsert(
         self,
         items: Sequence[Item],
-        vectors: np.ndarray,
+        vectors: np.ndarray | None,
         thumbnails: Sequence[bytes | None] | None = None,
+        *,
+        text_vectors: np.ndarray | None = None,
+        unit: Unit | None = None,
     ) -> None:
         """Add items, or replace those whose id is there, all or none; durable when it returns.
 
-        vectors (N, E) are unit vectors. IndexStoreError, naming the item, for one that is not, for
-        an id that is empty, too long or given twice, and for metadata that JSON cannot hold.
+        vectors (N, E), of pictures, and text_vectors (N, E) are unit vectors; one of the two may be
+        missing. `unit` is noted in the same transaction. IndexStoreError, naming the item, for a
+        vector that is not of unit length, an id that is empty, too long or given twice, and
+        metadata that JSON cannot hold.
         """
         rows = [check_item(item) for item in items]
-        _check_distinct(items)
-        matrix = self._check_vectors(items, vectors)
+        check_distinct(items)
+        given = {"image": vectors, "text": text_vectors}
+        matrices = {
+            field: check_vectors(items, some, self.embed_dim, self.dtype, field)
+            for field, some in given.items()
+            if some is not None
+        }
+        if items and not matrices:
+            raise IndexStoreError(f"{len(items)} items without vectors; give one of the two kinds")
         if thumbnails is not None and len(thumbnails) != len(items):
             raise IndexStoreError(f"{len(thumbnails)} thumbnails for {len(items)} items")
-        if not items:
+        if not items and unit is None:
             return
+        bits = sum(_bit(field) for field in matrices)
         with self._write() as (connection, generation):
             removed = _remove(connection, [item.id for item in items], generation)
             first = _next_rowid(connection)
-            numbered = ((first + i, *row) for i, row in enumerate(rows))
-            connection.executemany("INSERT INTO items VALUES (?, ?, ?, ?, ?)", numbered)
-            blobs = ((first + i, vector.tobytes()) for i, vector in enumerate(matrix))
-            connection.executemany("INSERT INTO vectors VALUES (?, ?)", blobs)
+            numbered = ((first + i, *row, bits) for i, row in enumerate(rows))
+            connection.executemany("INSERT INTO items VALUES (?, ?, ?, ?, ?, ?)", numbered)
+            for field, matrix in matrices.items():
+                blobs = ((first + i, vector.tobytes()) for i, vector in enumerate(matrix))
+                connection.executemany(f"INSERT INTO vectors_{field} VALUES (?, ?)", blobs)
             jpegs = ((first + i, jpeg) for i, jpeg in enumerate(thumbnails or ()) if jpeg)
             connection.executemany("INSERT INTO thumbnails VALUES (?, ?)", jpegs)
             _grow_count(connection, len(items) - removed)
+            if unit is not None:
+                record = (unit.name, unit.digest, unit.count, unit.bad)
+                connection.execute("INSERT OR REPLACE INTO units VALUES (?, ?, ?, ?)", record)
 
     def delete(self, ids: Sequence[str]) -> int:
         """Remove items, durably; returns how many of the ids were there."""
@@ -194,26 +199,27 @@ class Collection:
         """Items in the order of their ids; the last id of a page is `start_after` of the next."""
         if limit < 1:
             raise IndexStoreError(f"limit {limit} must be at least 1")
-        rows = self._select(
-            "SELECT id, caption, source, metadata FROM items WHERE id > ? ORDER BY id LIMIT ?",
-            (start_after, limit),
-        )
-        return [_to_item(*row) for row in rows]
+        query = "SELECT id, caption, source, metadata FROM items WHERE id > ? ORDER BY id LIMIT ?"
+        return [_to_item(*row) for row in self._select(query, (start_after, limit))]
 
     def count(self) -> int:
         """Items in the collection."""
-        return self._meta_number("count")
+        return int(self._select("SELECT value FROM meta WHERE key = 'count'")[0][0])
 
     def generation(self) -> int:
         """Grows with every committed write, whatever process it came from."""
-        return self._meta_number("generation")
+        return self._database.generation()
+
+    def units(self) -> dict[str, Unit]:
+        """The commit records of bulk work, by name."""
+        rows = self._select("SELECT unit, digest, count, bad FROM units")
+        return {row[0]: Unit(*row) for row in rows}
 
     def thumbnail(self, id: str) -> bytes | None:
         """A small JPEG of the item's picture, if one was kept."""
-        rows = self._select(
-            "SELECT jpeg FROM thumbnails JOIN items USING (rowid) WHERE id = ?", (id,)
-        )
-        return bytes(rows[0][0]) if rows else None
+        query = "SELECT jpeg FROM thumbnails JOIN items USING (rowid) WHERE id = ?"
+        rows = self._select(query, (id,))
+        return rows[0][0] if rows else None
 
     def check_model(self, fingerprint: str) -> None:
         """IndexStoreError, naming both, if the vectors in here were made by another model."""
@@ -224,70 +230,82 @@ class Collection:
                 " or make another collection: clipserve embed MODEL SOURCE --collection NEW_DIR"
             )
 
-    @contextlib.contextmanager
-    def snapshot(self) -> Iterator[int]:
-        """What this thread reads inside is the state at one generation, which is yielded."""
-        with self._errors():
-            connection = self._connection()
-            connection.execute("BEGIN")
-        try:
-            yield self.generation()  # the first read is what takes the snapshot
-        finally:
-            with self._errors():
-                connection.rollback()
+    def snapshot(self) -> contextlib.AbstractContextManager[int]:
+        """What this thread reads inside is the state at one generation, which is yielded.
 
-    def rowids(self) -> np.ndarray:
-        """Row numbers of all items (N,) int64, ascending."""
+        One inside another of the same thread is the same. Nothing can be written inside.
+        """
+        return self._database.snapshot()
+
+    def rowids(self, field: str = "image") -> np.ndarray:
+        """Row numbers (N,) int64, ascending, of the items that have that vector."""
+        _table(field)
         parts = [np.zeros(0, dtype=np.int64)]
-        with self._errors():
-            cursor = self._connection().execute("SELECT rowid FROM items ORDER BY rowid")
-            while rows := cursor.fetchmany(BLOCK_ROWS):
-                parts.append(np.fromiter((row[0] for row in rows), np.int64, len(rows)))
-        return np.concatenate(parts)
+        query = "SELECT rowid FROM items WHERE fields = ?"  # found in the index alone
+        for fields in range(1, 1 << len(FIELDS)):
+            if fields & _bit(field):
+                for rows in self._blocks(query, fields):
+                    parts.append(np.fromiter((row[0] for row in rows), np.int64, len(rows)))
+        return np.sort(np.concatenate(parts))
 
-    def vector_blocks(self, after: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Row numbers (n,) above `after`, ascending, and their vectors (n, E); n is bounded."""
-        query = "SELECT rowid, vector FROM vectors WHERE rowid > ? ORDER BY rowid"
-        with self._errors():
-            cursor = self._connection().execute(query, (after,))
-            while rows := cursor.fetchmany(BLOCK_ROWS):
-                yield self._unpack(rows)
+    def vector_blocks(
+        self, after: int = 0, field: str = "image"
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Row numbers (n,) above `after`, ascending, and their vectors (n, E), as stored.
 
-    def vectors_of(self, rowids: np.ndarray) -> np.ndarray:
-        """Vectors (n, E) float32 of live rows (n,), in their order."""
+        At most BLOCK_ROWS at a time. The state read is that of the first block.
+        """
+        query = f"SELECT rowid, vector FROM {_table(field)} WHERE rowid > ? ORDER BY rowid"
+        for rows in self._blocks(query, after):
+            yield self._unpack(rows)
+
+    def vectors_of(self, rowids: np.ndarray, field: str = "image") -> np.ndarray:
+        """Vectors (n, E) float32 of live rows (n,) that have them, in their order."""
         distinct, place = np.unique(rowids, return_inverse=True)
-        query = "SELECT rowid, vector FROM vectors WHERE rowid IN (SELECT value FROM json_each(?))"
-        found, vectors = self._unpack(self._select(query, (json.dumps(distinct.tolist()),)))
+        query = f"SELECT rowid, vector FROM {_table(field)}"
+        found, vectors = self._unpack(self._select_by_rowid(query, distinct))
         if len(found) != len(distinct):
-            raise IndexStoreError(f"collection {self.name!r}: {_REASONS[sqlite3.SQLITE_CORRUPT]}")
-        return vectors[np.argsort(found)[place]]
+            raise damaged(f"collection {self.name!r}")
+        return vectors[np.argsort(found)[place]].astype(np.float32)
+
+    def metadata_blocks(self, after: int = 0) -> Iterator[tuple[np.ndarray, list[str]]]:
+        """Row numbers (n,) above `after`, ascending, and their metadata as JSON, of all items.
+
+        At most BLOCK_ROWS at a time. The state read is that of the first block.
+        """
+        query = "SELECT rowid, metadata FROM items WHERE rowid > ? ORDER BY rowid"
+        for rows in self._blocks(query, after):
+            rowids = np.fromiter((row[0] for row in rows), np.int64, len(rows))
+            yield rowids, [row[1] for row in rows]
 
     def ids_of(self, rowids: np.ndarray) -> dict[int, str]:
         """Row number -> id, of live rows."""
-        query = "SELECT rowid, id FROM items WHERE rowid IN (SELECT value FROM json_each(?))"
-        return dict(self._select(query, (json.dumps(rowids.tolist()),)))
+        return dict(self._select_by_rowid("SELECT rowid, id FROM items", rowids))
 
     def items_of(self, rowids: np.ndarray) -> dict[int, Item]:
         """Row number -> item, of live rows."""
-        query = (
-            "SELECT rowid, id, caption, source, metadata FROM items"
-            " WHERE rowid IN (SELECT value FROM json_each(?))"
-        )
-        rows = self._select(query, (json.dumps(rowids.tolist()),))
+        query = "SELECT rowid, id, caption, source, metadata FROM items"
+        rows = self._select_by_rowid(query, rowids)
         return {rowid: _to_item(*row) for rowid, *row in rows}
+
+    def thumbnails_of(self, rowids: np.ndarray) -> dict[int, bytes]:
+        """Row number -> thumbnail, of the live rows that have one."""
+        return dict(self._select_by_rowid("SELECT rowid, jpeg FROM thumbnails", rowids))
+
+    def rowids_of(self, ids: Iterable[str]) -> dict[str, int]:
+        """Id -> row number, of those ids that are there."""
+        return dict(self._select_by_id("id, rowid", list(ids)))
 
     def deleted_since(self, generation: int) -> np.ndarray | None:
         """Row numbers removed after `generation`; None if that is too long ago to be remembered."""
-        if not 0 <= self.generation() - generation <= _REMEMBERED_WRITES:
+        if not 0 <= self.generation() - generation <= REMEMBERED_WRITES:
             return None
         query = "SELECT removed FROM deletions WHERE generation > ?"
         return np.array([row[0] for row in self._select(query, (generation,))], dtype=np.int64)
 
     def close(self) -> None:
         """Close the connections of all threads; none may be using the collection any more."""
-        self._is_closed = True
-        for handle in list(self._handles):
-            handle.connection.close()
+        self._database.close()
 
     def __enter__(self) -> Self:
         return self
@@ -295,278 +313,88 @@ class Collection:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _connection(self) -> sqlite3.Connection:
-        """This thread's own."""
-        if self._is_closed:
-            raise IndexStoreError(f"collection {self.name!r} is closed; open it again")
-        handle: _Handle | None = getattr(self._local, "handle", None)
-        if handle is None:
-            handle = _Handle(_connect(self.path / DATABASE, self._mode))
-            self._handles.add(handle)
-            self._local.handle = handle
-        if self._mode.startswith("immutable") and (self.path / f"{DATABASE}-wal").exists():
-            raise IndexStoreError(
-                f"collection {self.name!r} is read from a read-only place while another process"
-                " writes to it; open it again"
-            )
-        return handle.connection
-
-    def _errors(self) -> contextlib.AbstractContextManager[None]:
-        return _store_errors(f"collection {self.name!r}")
-
     @contextlib.contextmanager
-    def _write(self) -> Iterator[tuple[sqlite3.Connection, int]]:
-        """One transaction; yields the generation that it makes."""
-        with self._errors():
-            connection = self._connection()
-            with _transaction(connection):
-                query = "UPDATE meta SET value = value + 1 WHERE key = 'generation' RETURNING value"
-                ((generation,),) = connection.execute(query).fetchall()
-                yield connection, generation
-                forgotten = generation - _REMEMBERED_WRITES
-                connection.execute("DELETE FROM deletions WHERE generation <= ?", (forgotten,))
+    def _write(self) -> Iterator[tuple[apsw.Connection, int]]:
+        with self._database.write() as (connection, generation):
+            yield connection, generation
+            query = "DELETE FROM deletions WHERE generation <= ?"
+            connection.execute(query, (generation - REMEMBERED_WRITES,))
 
-    def _select(self, query: str, parameters: Sequence[object] = ()) -> list[Any]:
-        with self._errors():
-            return self._connection().execute(query, parameters).fetchall()
+    def _select(self, query: str, parameters: Sequence[Any] = ()) -> list[Any]:
+        return self._database.select(query, parameters)
 
     def _select_by_id(self, columns: str, ids: Sequence[str]) -> list[Any]:
-        with self._errors():
-            return _select_by_id(self._connection(), columns, ids)
+        with self._database.errors():
+            return _select_by_id(self._database.connection(), columns, ids)
 
-    def _meta_number(self, key: str) -> int:
-        return int(self._select("SELECT value FROM meta WHERE key = ?", (key,))[0][0])
+    def _select_by_rowid(self, query: str, rowids: np.ndarray) -> list[Any]:
+        numbers = json.dumps(rowids.tolist())
+        return self._select(f"{query} WHERE rowid IN (SELECT value FROM json_each(?))", (numbers,))
 
-    def _read_meta(self) -> dict[str, Any]:
-        with _store_errors(str(self.path)):
-            connection = self._connection()
-            ((application,),) = connection.execute("PRAGMA application_id").fetchall()
-            ((found,),) = connection.execute("PRAGMA user_version").fetchall()
-            if application != _APPLICATION_ID:
-                raise IndexStoreError(
-                    f"{self.path / DATABASE} is not a collection, but another SQLite database"
-                )
-            if found > FORMAT_VERSION:
-                raise IndexStoreError(
-                    f"{self.path} has format {found}; this clipserve reads up to {FORMAT_VERSION}:"
-                    " install a newer clipserve"
-                )
-            return dict(connection.execute("SELECT key, value FROM meta").fetchall())
+    def _blocks(self, query: str, *parameters: int) -> Iterator[list[Any]]:
+        """The rows of a query, BLOCK_ROWS at a time."""
+        with self._database.errors():
+            cursor = self._database.connection().execute(query, parameters)
+            while rows := list(itertools.islice(cursor, BLOCK_ROWS)):
+                yield rows
 
     def _unpack(self, rows: list[Any]) -> tuple[np.ndarray, np.ndarray]:
         rowids = np.fromiter((row[0] for row in rows), np.int64, len(rows))
         data = b"".join(row[1] for row in rows)
-        if len(data) != len(rows) * self.embed_dim * 4:
-            raise IndexStoreError(f"collection {self.name!r}: {_REASONS[sqlite3.SQLITE_CORRUPT]}")
-        return rowids, np.frombuffer(data, "<f4").reshape(len(rows), self.embed_dim)
-
-    def _check_vectors(self, items: Sequence[Item], vectors: np.ndarray) -> np.ndarray:
-        """As little-endian float32, exactly of unit length as far as float32 goes."""
-        matrix = np.ascontiguousarray(vectors, dtype="<f4")
-        if matrix.shape != (len(items), self.embed_dim):
-            raise IndexStoreError(
-                f"vectors of shape {matrix.shape} for {len(items)} items; collection"
-                f" {self.name!r} needs ({len(items)}, {self.embed_dim})"
-            )
-        norms = np.linalg.norm(matrix.astype(np.float64), axis=1)
-        bad = np.flatnonzero(~(np.abs(norms - 1) <= _UNIT_TOLERANCE))  # NaN is bad as well
-        if len(bad):
-            raise IndexStoreError(
-                f"vector of item {items[bad[0]].id!r} has length {norms[bad[0]]:.6g}; it must be"
-                " finite and of length 1: divide it by its length"
-            )
-        off = np.abs(norms - 1) > _ROUNDING
-        if off.any():
-            matrix = np.where(off[:, None], matrix / norms[:, None], matrix).astype("<f4")
-        return matrix
+        if len(data) != len(rows) * self.embed_dim * self.dtype.itemsize:
+            raise damaged(f"collection {self.name!r}")
+        return rowids, np.frombuffer(data, self.dtype).reshape(len(rows), self.embed_dim)
 
 
-def is_writable(path: Path) -> bool:
-    """Whether this process may write into a collection's directory and its database."""
-    return all(
-        os.access(place, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
-        for place in (path, path / DATABASE)
-    )
-
-
-@contextlib.contextmanager
-def directory_lock(path: Path, name: str, *, wait: bool) -> Iterator[None]:
-    """One process at a time, by a lock that a killed process gives back.
-
-    IndexStoreError if it is taken and `wait` is false.
-    """
-    try:
-        descriptor = os.open(path / name, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise IndexStoreError(f"{path} cannot be written to: {error.strerror}") from None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        yield
-    except BlockingIOError:
-        raise IndexStoreError(f"{path} is being indexed by another process; wait for it") from None
-    finally:
-        os.close(descriptor)
-
-
-def check_item(item: Item) -> tuple[str, str, str, str]:
-    """The columns of an item; IndexStoreError says what makes it impossible to store."""
-    check_id(item.id)
-    for value in (item.caption, item.source):
-        if not _is_text(value):
-            raise IndexStoreError(f"item {item.id!r}: caption and source must be Unicode text")
-    if not isinstance(item.metadata, dict):
-        raise IndexStoreError(f"item {item.id!r}: metadata must be a JSON object")
-    try:
-        metadata = json.dumps(item.metadata, allow_nan=False, ensure_ascii=False)
-        metadata.encode()
-    except (TypeError, ValueError, RecursionError) as error:
-        raise IndexStoreError(f"item {item.id!r}: metadata is not JSON: {error}") from None
-    return item.id, item.caption, item.source, metadata
-
-
-def check_id(id: str) -> None:
-    """IndexStoreError unless it is text of 1 to 512 bytes."""
-    if not _is_text(id) or not 1 <= len(id.encode()) <= _MAX_ID_BYTES:
-        raise IndexStoreError(
-            f"id {id[:40]!r} is not allowed; an id is text of 1 to {_MAX_ID_BYTES} bytes"
-        )
-
-
-class _Handle:
-    """A thread's connection, closed when the thread ends."""
-
-    def __init__(self, connection: sqlite3.Connection) -> None:
-        self.connection = connection
-
-    def __del__(self) -> None:
-        self.connection.close()
-
-
-def _initialise(path: Path, fingerprint: str, model_name: str, embed_dim: int) -> bool:
-    """Make the tables, all or none, unless there are some; returns whether it did."""
+def _create(path: Path, fingerprint: str, model_name: str, embed_dim: int, dtype: str) -> bool:
+    """Whether there was none."""
     if embed_dim < 1:
         raise IndexStoreError(f"embed_dim {embed_dim} must be at least 1")
-    if (path / DATABASE).is_file() and (path / DATABASE).stat().st_size and _has_tables(path):
-        return False
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise IndexStoreError(f"{path} cannot be made: {error.strerror}") from None
-    meta = {
-        "fingerprint": fingerprint,
-        "model_name": model_name,
-        "embed_dim": embed_dim,
-        "identity": uuid.uuid4().hex,
-        "generation": 0,
-        "count": 0,
-    }
-    with directory_lock(path, ".create.lock", wait=True), _store_errors(str(path)):
-        if (path / DATABASE).exists() and _has_tables(path):
-            return False
-        with contextlib.closing(_connect(path / DATABASE, "mode=rwc")) as connection:
-            connection.execute(f"PRAGMA page_size = {_PAGE_BYTES}")
-            connection.execute("PRAGMA journal_mode = WAL")
-            with _transaction(connection):
-                for statement in _SCHEMA:
-                    connection.execute(statement)
-                connection.executemany("INSERT INTO meta VALUES (?, ?)", meta.items())
-                connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
-                connection.execute(f"PRAGMA user_version = {FORMAT_VERSION}")
-    sync(path)
-    sync(path.absolute().parent)
-    return True
+    if dtype not in DTYPES:
+        raise IndexStoreError(f"dtype {dtype!r} is not allowed; use one of {', '.join(DTYPES)}")
+    meta = {"fingerprint": fingerprint, "model_name": model_name, "embed_dim": embed_dim}
+    return create(path, _SCHEMA, meta | {"dtype": dtype, "count": 0})
 
 
-def _has_tables(path: Path) -> bool:
-    with (
-        _store_errors(str(path)),
-        contextlib.closing(_connect(path / DATABASE, "mode=rw")) as connection,
-    ):
-        ((tables,),) = connection.execute("SELECT count(*) FROM sqlite_master").fetchall()
-    return bool(tables)
+def _bit(field: str) -> int:
+    """Of the column `fields`."""
+    return 1 << FIELDS.index(field)
 
 
-def _connect(file: Path, mode: str) -> sqlite3.Connection:
-    connection = sqlite3.connect(
-        f"{file.absolute().as_uri()}?{mode}",
-        uri=True,
-        timeout=_BUSY_S,
-        isolation_level=None,  # transactions are begun and ended by this file alone
-        check_same_thread=False,  # `close` may come from another thread
-    )
-    connection.execute("PRAGMA synchronous = FULL")
-    return connection
+def _table(field: str) -> str:
+    if field not in FIELDS:
+        raise IndexStoreError(f"field {field!r} is not allowed; use one of {', '.join(FIELDS)}")
+    return f"vectors_{field}"
 
 
-@contextlib.contextmanager
-def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
-    """Committed when the block succeeds, rolled back when it fails."""
-    connection.execute("BEGIN IMMEDIATE")
-    try:
-        yield
-        connection.execute("COMMIT")
-    except BaseException:
-        connection.rollback()
-        raise
-
-
-@contextlib.contextmanager
-def _store_errors(what: str) -> Iterator[None]:
-    """SQLite's errors as ours."""
-    try:
-        yield
-    except sqlite3.Error as error:
-        code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the rest is detail
-        raise IndexStoreError(f"{what}: {_REASONS.get(code, error)}") from error
-    except UnicodeEncodeError:
-        raise IndexStoreError(f"{what}: an id must be Unicode text") from None
-
-
-def _select_by_id(connection: sqlite3.Connection, columns: str, ids: Sequence[str]) -> list[Any]:
+def _select_by_id(connection: apsw.Connection, columns: str, ids: Sequence[str]) -> list[Any]:
     rows: list[Any] = []
     for start in range(0, len(ids), _IDS_PER_QUERY):
         some = ids[start : start + _IDS_PER_QUERY]
         marks = ", ".join("?" * len(some))
         query = f"SELECT {columns} FROM items WHERE id IN ({marks})"
-        rows += connection.execute(query, some).fetchall()
+        rows += fetch(connection, query, some)
     return rows
 
 
-def _remove(connection: sqlite3.Connection, ids: list[str], generation: int) -> int:
+def _remove(connection: apsw.Connection, ids: list[str], generation: int) -> int:
     """Take the rows of those ids out and remember that; returns how many there were."""
     rows = _select_by_id(connection, "rowid", ids)
-    for table in ("items", "vectors", "thumbnails"):
+    for table in ("items", "vectors_image", "vectors_text", "thumbnails"):
         connection.executemany(f"DELETE FROM {table} WHERE rowid = ?", rows)
     removed = ((generation, rowid) for (rowid,) in rows)
     connection.executemany("INSERT INTO deletions VALUES (?, ?)", removed)
     return len(rows)
 
 
-def _next_rowid(connection: sqlite3.Connection) -> int:
+def _next_rowid(connection: apsw.Connection) -> int:
     """Above every row number that was ever used."""
-    rows = connection.execute("SELECT seq FROM sqlite_sequence WHERE name = 'items'").fetchall()
+    rows = fetch(connection, "SELECT seq FROM sqlite_sequence WHERE name = 'items'")
     return int(rows[0][0]) + 1 if rows else 1
 
 
-def _grow_count(connection: sqlite3.Connection, by: int) -> None:
+def _grow_count(connection: apsw.Connection, by: int) -> None:
     connection.execute("UPDATE meta SET value = value + ? WHERE key = 'count'", (by,))
-
-
-def _check_distinct(items: Sequence[Item]) -> None:
-    seen: set[str] = set()
-    for item in items:
-        if item.id in seen:
-            raise IndexStoreError(f"id {item.id!r} is given twice in one write; keep one of them")
-        seen.add(item.id)
-
-
-def _is_text(value: str) -> bool:
-    """A str that UTF-8 can hold: no halves of surrogate pairs."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _to_item(id: str, caption: str, source: str, metadata: str) -> Item:

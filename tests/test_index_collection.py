@@ -1,7 +1,6 @@
 import contextlib
 import os
 import resource
-import signal
 import sqlite3
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 
 from clipserve.errors import IndexStoreError
-from index.collection import DATABASE, Collection, Item
+from index.collection import DATABASE, Collection, Item, Unit
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = {"fingerprint": "a" * 64, "model_name": "tiny", "embed_dim": 8}
@@ -143,6 +142,117 @@ def test_what_cannot_be_stored_is_refused_whole(
     assert collection.generation() == 0
 
 
+def test_an_item_needs_a_vector(collection: Collection) -> None:
+    with pytest.raises(IndexStoreError, match="1 items without vectors"):
+        collection.upsert([Item("a")], None)
+    with pytest.raises(IndexStoreError, match="text vector of item 'a' has length 0"):
+        collection.upsert([Item("a")], unit(1), text_vectors=np.zeros((1, 8)))
+    assert collection.count() == 0
+
+
+def test_each_field_has_vectors_of_its_own(collection: Collection) -> None:
+    pictures, texts = unit(6), unit(6, seed=1)
+    both, picture, text = ["a", "b"], ["c", "d"], ["e", "f"]
+    collection.upsert([Item(id) for id in both], pictures[:2], text_vectors=texts[:2])
+    collection.upsert([Item(id) for id in text], None, text_vectors=texts[4:])
+    collection.upsert([Item(id) for id in picture], pictures[2:4])
+    row = collection.rowids_of([*both, *picture, *text, "none"])
+    assert collection.rowids("image").tolist() == sorted(row[id] for id in both + picture)
+    assert collection.rowids("text").tolist() == sorted(row[id] for id in both + text)
+    for field, ids, vectors in (
+        ("image", both + picture, pictures[:4]),
+        ("text", both + text, texts[[0, 1, 4, 5]]),
+    ):
+        rowids = np.array([row[id] for id in ids])
+        assert np.array_equal(collection.vectors_of(rowids, field), vectors)
+        blocks = list(collection.vector_blocks(field=field))
+        assert np.array_equal(np.concatenate([block[0] for block in blocks]), np.sort(rowids))
+        order = np.argsort(rowids)
+        assert np.array_equal(np.concatenate([block[1] for block in blocks]), vectors[order])
+    with pytest.raises(IndexStoreError, match="damaged"):
+        collection.vectors_of(np.array([row["e"]]), "image")
+    collection.delete(both)
+    assert len(collection.rowids("image")) == len(collection.rowids("text")) == 2
+
+
+def test_a_replaced_item_keeps_no_vector_of_the_old_one(collection: Collection) -> None:
+    collection.upsert([Item("a")], unit(1), text_vectors=unit(1))
+    collection.upsert([Item("a")], unit(1))
+    assert collection.rowids("text").tolist() == []
+    assert not list(collection.vector_blocks(field="text"))
+
+
+def test_an_unknown_field_is_named(collection: Collection) -> None:
+    for read in (collection.rowids, lambda field: list(collection.vector_blocks(field=field))):
+        with pytest.raises(IndexStoreError, match="'sound' is not allowed; use one of image, text"):
+            read("sound")
+
+
+def test_blocks_are_bounded_and_go_on_after_a_row(
+    collection: Collection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("index.collection.BLOCK_ROWS", 3)
+    vectors = unit(8)
+    collection.upsert([Item(f"{i}", metadata={"n": i}) for i in range(8)], vectors)
+    assert [len(rowids) for rowids, _ in collection.vector_blocks()] == [3, 3, 2]
+    assert [rowids.tolist() for rowids, _ in collection.vector_blocks(after=5)] == [[6, 7, 8]]
+    texts = [text for _, some in collection.metadata_blocks(after=1) for text in some]
+    assert texts == [f'{{"n": {i}}}' for i in range(1, 8)]
+    assert collection.rowids().tolist() == list(range(1, 9))
+
+
+def test_what_belongs_to_rows_is_found_by_their_numbers(collection: Collection) -> None:
+    items = [Item("a", "one"), Item("b", metadata={"x": [1]})]
+    collection.upsert(items, unit(2), [b"jpeg", None])
+    rows = collection.rowids()
+    assert collection.ids_of(rows) == {1: "a", 2: "b"}
+    assert collection.items_of(rows) == dict(zip((1, 2), items, strict=True))
+    assert collection.thumbnails_of(rows) == {1: b"jpeg"}
+    assert collection.rowids_of(["b", "none"]) == {"b": 2}
+
+
+def test_a_unit_is_noted_with_its_items_or_not_at_all(collection: Collection) -> None:
+    first, empty = Unit("shard 0", "d" * 64, 1, 0), Unit("shard 1", "e" * 64, 0, 7)
+    collection.upsert([Item("a")], unit(1), unit=first)
+    collection.upsert([], None, unit=empty)
+    with pytest.raises(IndexStoreError, match="length 0"):
+        collection.upsert([Item("b")], np.zeros((1, 8)), unit=Unit("shard 2", "f", 1, 0))
+    assert collection.units() == {"shard 0": first, "shard 1": empty}
+    again = Unit("shard 0", "0" * 64, 2, 1)
+    collection.upsert([], None, unit=again)
+    assert collection.units() == {"shard 0": again, "shard 1": empty}
+    assert collection.count() == 1
+
+
+def test_half_precision_rounds_once(tmp_path: Path) -> None:
+    vectors = unit(50)
+    with Collection.create(tmp_path, **MODEL, dtype="float16") as collection:
+        collection.upsert([Item(f"{i}") for i in range(50)], vectors * 1.0005)
+        ((rowids, stored),) = list(collection.vector_blocks())
+        assert collection.dtype == stored.dtype == np.float16
+        norms = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
+        assert np.array_equal(stored, (vectors / norms).astype(np.float16))
+        read = collection.vectors_of(rowids)
+        assert read.dtype == np.float32
+        assert np.array_equal(read, stored.astype(np.float32))
+        collection.upsert([Item(f"{i}") for i in range(50)], stored)
+        ((_, again),) = list(collection.vector_blocks())
+        assert np.array_equal(again, stored)
+    with Collection.open(tmp_path) as collection:
+        assert collection.dtype == np.float16
+
+
+def test_another_dtype_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(IndexStoreError, match="'int8' is not allowed; use one of float32, float16"):
+        Collection.create(tmp_path, **MODEL, dtype="int8")
+    Collection.open_or_create(tmp_path, **MODEL, dtype="float16").close()
+    Collection.open_or_create(tmp_path, **MODEL, dtype="float16").close()
+    with pytest.raises(IndexStoreError, match="in float16, not in float32"):
+        Collection.open_or_create(tmp_path, **MODEL, dtype="float32")
+    with Collection.open_or_create(tmp_path, **MODEL) as collection:
+        assert collection.dtype == np.float16
+
+
 def test_a_failed_write_leaves_what_was_there(collection: Collection) -> None:
     collection.upsert([Item("a", "old")], unit(1))
     with pytest.raises(IndexStoreError, match="2 thumbnails for 1"):
@@ -156,6 +266,15 @@ def test_vectors_of_about_unit_length_are_made_exact(collection: Collection) -> 
     collection.upsert([Item("a")], unit(1) * 1.0005)
     stored = collection.vectors_of(collection.rowids())
     assert np.allclose(stored, unit(1), atol=1e-7)
+    assert abs(np.linalg.norm(stored.astype(np.float64)) - 1) < 1e-7
+
+
+@pytest.mark.parametrize("huge", [1e20, 1e200])
+def test_a_vector_too_long_to_square_is_refused_quietly(
+    collection: Collection, huge: float
+) -> None:
+    with pytest.raises(IndexStoreError, match="'a' has length"):
+        collection.upsert([Item("a")], np.full((1, 8), huge))
 
 
 def test_an_existing_collection_is_not_created_again(tmp_path: Path) -> None:
@@ -190,27 +309,6 @@ def test_another_programs_database_is_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / DATABASE).read_bytes() == before
 
 
-def test_a_newer_format_is_refused(tmp_path: Path) -> None:
-    Collection.create(tmp_path, **MODEL).close()
-    with contextlib.closing(sqlite3.connect(tmp_path / DATABASE)) as database:
-        database.execute("PRAGMA user_version = 2")
-    with pytest.raises(IndexStoreError, match="format 2; this clipserve reads up to 1"):
-        Collection.open(tmp_path)
-
-
-def test_a_damaged_database_is_an_error_and_no_answer(tmp_path: Path) -> None:
-    with Collection.create(tmp_path, **MODEL) as collection:
-        collection.upsert([Item(f"{i}", "x" * 500) for i in range(500)], unit(500))
-    data = bytearray((tmp_path / DATABASE).read_bytes())
-    data[3 * 16384 : 20 * 16384] = b"\x55" * (17 * 16384)
-    (tmp_path / DATABASE).write_bytes(data)
-    with (
-        pytest.raises(IndexStoreError, match="damaged"),
-        Collection.open(tmp_path) as collection,
-    ):
-        collection.get([f"{i}" for i in range(500)])
-
-
 def test_a_half_made_database_is_completed(tmp_path: Path) -> None:
     (tmp_path / DATABASE).touch()  # killed between making the file and the tables
     with Collection.open_or_create(tmp_path, **MODEL) as collection:
@@ -240,10 +338,47 @@ def test_a_snapshot_does_not_see_later_writes(collection: Collection) -> None:
     assert collection.generation() == 2
 
 
+def test_a_snapshot_inside_another_is_the_same(collection: Collection) -> None:
+    with collection.snapshot() as outer:
+        with collection.snapshot() as inner:
+            assert inner == outer == 0
+        writer = threading.Thread(target=collection.upsert, args=([Item("a")], unit(1)))
+        writer.start()
+        writer.join()
+        assert collection.count() == 0  # the inner one has not ended it
+    assert collection.count() == 1
+
+
+def test_nothing_is_written_inside_a_snapshot(collection: Collection) -> None:
+    with (
+        collection.snapshot(),
+        pytest.raises(IndexStoreError, match="inside a snapshot of this thread; leave"),
+    ):
+        collection.upsert([Item("a")], unit(1))
+    collection.upsert([Item("a")], unit(1))
+    assert collection.count() == 1
+
+
+def test_writing_while_rows_are_being_read_says_so(
+    collection: Collection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("index.collection.BLOCK_ROWS", 2)
+    collection.upsert([Item(f"{i}") for i in range(8)], unit(8))
+    blocks = collection.vector_blocks()
+    next(blocks)
+    writer = threading.Thread(target=collection.delete, args=(["0"],))
+    writer.start()
+    writer.join()
+    with pytest.raises(IndexStoreError, match="still reading an older state"):
+        collection.delete(["1"])
+    assert sum(len(rowids) for rowids, _ in blocks) == 6  # the rest, as it was
+    assert collection.delete(["1"]) == 1
+
+
 def test_deletions_long_ago_are_forgotten_and_that_is_told(
     collection: Collection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("index.collection._REMEMBERED_WRITES", 3)
+    monkeypatch.setattr("index.collection.REMEMBERED_WRITES", 3)
     for i in range(6):
         collection.upsert([Item("a", f"{i}")], unit(1))
     assert collection.deleted_since(2) is None
@@ -303,46 +438,6 @@ def test_a_read_only_directory_can_be_read_and_says_so_when_written() -> None:
                 Collection.open(path)
             with pytest.raises(IndexStoreError, match="cannot be made: Permission denied"):
                 Collection.create(path / "below", **MODEL)
-
-
-WRITER = """
-import sys
-import numpy as np
-from pathlib import Path
-from index.collection import Collection, Item
-start = int(sys.argv[2])
-vectors = np.eye(8, dtype=np.float32)[:3]
-with Collection.open(Path(sys.argv[1])) as collection:
-    for i in range(start, start + 100_000):
-        ids = [f"{i}-{part}" for part in "abc"]
-        collection.upsert([Item(id, id) for id in ids], vectors, [id.encode() for id in ids])
-        sys.stdout.write(f"{i}\\n")
-        sys.stdout.flush()
-"""
-
-
-def test_a_killed_writer_loses_nothing_that_it_acknowledged(tmp_path: Path) -> None:
-    path = tmp_path / "pets"
-    Collection.create(path, **MODEL).close()
-    acknowledged: list[int] = []
-    for start, after in ((0, 3), (100_000, 25), (200_000, 60)):
-        command = [sys.executable, "-c", WRITER, str(path), str(start)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as writer:
-            assert writer.stdout is not None
-            acknowledged += [int(writer.stdout.readline()) for _ in range(after)]
-            writer.send_signal(signal.SIGKILL)
-            acknowledged += [int(line) for line in writer.stdout if line.endswith("\n")]
-        with Collection.open(path) as collection:
-            ids = {f"{i}-{part}" for i in acknowledged for part in "abc"}
-            assert collection.contains(ids) == ids
-            # At most one write was whole but not yet acknowledged; none is half there.
-            assert collection.count() in (len(ids), len(ids) + 3)
-            acknowledged = sorted({int(id.split("-")[0]) for id in all_ids(collection)})
-            assert collection.count() == 3 * len(acknowledged)
-            for item in collection.scan(limit=10_000):
-                assert collection.thumbnail(item.id) == item.id.encode()
-            rowids = collection.rowids()
-            assert len(collection.vectors_of(rowids)) == len(rowids) == collection.count()
 
 
 def all_ids(collection: Collection) -> list[str]:

@@ -1,0 +1,115 @@
+"""What a collection holds: items, unit vectors, records of bulk work; and what it refuses.
+
+Legend: N items, E embedding.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from clipserve.errors import IndexStoreError
+
+LENGTH_TOLERANCE = {"float32": 2e-6, "float16": 6e-4}
+"""how far from 1 a stored vector's length may be"""
+
+_MAX_ID_BYTES = 512
+_UNIT_TOLERANCE = 1e-3
+_ROUNDING = 1e-6  # of float32: a vector this close to unit length is stored as it is given
+
+
+@dataclass(frozen=True)
+class Item:
+    """What is known of one picture, beside its vectors."""
+
+    id: str
+    caption: str = ""
+    source: str = ""
+    """where it came from, for people"""
+    metadata: dict[str, Any] = field(default_factory=dict)
+    """anything JSON can hold"""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A piece of bulk work that is done: its commit record, stored together with its items."""
+
+    name: str
+    digest: str
+    """of everything its result depends on"""
+    count: int
+    bad: int
+
+
+def check_item(item: Item) -> tuple[str, str, str, str]:
+    """The columns of an item; IndexStoreError says what makes it impossible to store."""
+    check_id(item.id)
+    for value in (item.caption, item.source):
+        if not _is_text(value):
+            raise IndexStoreError(f"item {item.id!r}: caption and source must be Unicode text")
+    if not isinstance(item.metadata, dict):
+        raise IndexStoreError(f"item {item.id!r}: metadata must be a JSON object")
+    try:
+        metadata = json.dumps(item.metadata, allow_nan=False, ensure_ascii=False)
+        metadata.encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise IndexStoreError(f"item {item.id!r}: metadata is not JSON: {error}") from None
+    return item.id, item.caption, item.source, metadata
+
+
+def check_id(id: str) -> None:
+    """IndexStoreError unless it is text of 1 to 512 bytes."""
+    if not _is_text(id) or not 1 <= len(id.encode()) <= _MAX_ID_BYTES:
+        raise IndexStoreError(
+            f"id {id[:40]!r} is not allowed; an id is text of 1 to {_MAX_ID_BYTES} bytes"
+        )
+
+
+def check_vectors(
+    items: Sequence[Item], vectors: np.ndarray, embed_dim: int, dtype: np.dtype[Any], what: str
+) -> np.ndarray:
+    """The vectors (N, E) as they are stored; IndexStoreError names the item of a bad one.
+
+    Of unit length in float64, then rounded, which moves an element by at most 2^-11 of it for
+    float16. What has been rounded so already stays as it is, to the last bit.
+    """
+    matrix = np.asarray(vectors, dtype=np.float64)
+    if matrix.shape != (len(items), embed_dim):
+        raise IndexStoreError(
+            f"{what} vectors of shape {matrix.shape} for {len(items)} items; this collection needs"
+            f" ({len(items)}, {embed_dim})"
+        )
+    with np.errstate(over="ignore"):  # infinite then, and refused
+        norms = np.linalg.norm(matrix, axis=1)
+    bad = np.flatnonzero(~(np.abs(norms - 1) <= _UNIT_TOLERANCE))  # NaN is bad as well
+    if len(bad):
+        raise IndexStoreError(
+            f"{what} vector of item {items[bad[0]].id!r} has length {norms[bad[0]]:.6g}; it must be"
+            " finite and of length 1: divide it by its length"
+        )
+    is_unit = np.abs(norms - 1) <= _ROUNDING
+    if dtype.itemsize == 2:
+        is_unit = np.abs(norms - 1) <= LENGTH_TOLERANCE["float16"]
+        is_unit &= (matrix == matrix.astype(dtype)).all(axis=1)
+    norms[is_unit] = 1
+    return np.asarray(matrix / norms[:, None], dtype=dtype)
+
+
+def check_distinct(items: Sequence[Item]) -> None:
+    """IndexStoreError if an id is there twice."""
+    seen: set[str] = set()
+    for item in items:
+        if item.id in seen:
+            raise IndexStoreError(f"id {item.id!r} is given twice in one write; keep one of them")
+        seen.add(item.id)
+
+
+def _is_text(value: str) -> bool:
+    """A str that UTF-8 can hold: no halves of surrogate pairs."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
