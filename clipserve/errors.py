@@ -10,6 +10,7 @@
     |- ImageError             a picture: too large, not a picture, damaged
     |- TextError              a text: empty where one is needed
     `- IndexStoreError        a collection or an index: damaged, of another model, read-only
+       `- FilterError         a filter that is not one: unknown operator, wrong type, too large
 
 Every message says what, the value, what is allowed, and what to do.
 """
@@ -69,3 +70,7 @@ class TextError(ClipserveError):
 
 class IndexStoreError(ClipserveError):
     """A collection or an index is damaged, made by another model, or not writable."""
+
+
+class FilterError(IndexStoreError):
+    """A filter over metadata is not of the filter language, or larger than allowed."""
