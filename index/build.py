@@ -1,299 +1,222 @@
-"""Choose, train, tune and store the FAISS index of a collection, and say why.
+"""Choose, train, fill, tune and store the index of a collection, and say why.
 
-The index is a cache: `DIR/index.json` names one `DIR/index-*.faiss` with its sha256, the generation
-and the model it was built from; whatever does not fit is ignored by the search. Both files are
-written aside, flushed and renamed. Start at `build`.
+The vectors are copied out of one snapshot of the collection into a file, from which everything else
+is made a block at a time: the memory it takes is the index, a sample to train on, and some blocks.
+Start at `build`; what is on disk afterwards is in `cache.py`.
 
 Legend: N vectors, E embedding, Q queries.
 """
 
 import contextlib
-import hashlib
-import json
+import dataclasses
 import logging
-import math
-import os
-import re
 import time
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import faiss as untyped_faiss
 import numpy as np
 
-from clipserve.errors import ConfigError, IndexStoreError
-from clipserve.files import sync, write_atomic
-from index.backend import overfetch, search_parameters, set_blas_threshold
+from clipserve.errors import ConfigError
+from index.backends.faiss_cpu import is_ivf, set_blas_threshold
+from index.cache import Writer, read_info
+from index.choose import EXACT_LIMIT, choose
 from index.collection import Collection, directory_lock
+from index.info import IndexInfo
+from index.tune import MAX_QUERIES, NUM_QUERIES, blocks, gather, noisy_copies, tune
+
+__all__ = ["EXACT_LIMIT", "RECALL_TARGET", "IndexInfo", "build", "read_info"]
 
 logger = logging.getLogger(__name__)
 faiss: Any = untyped_faiss  # its stubs lack half of what is used here
 
-FORMAT_VERSION = 1
-INFO_FILE = "index.json"
-EXACT_LIMIT = 200_000
-"""vectors up to which every one is compared: 0.4 GB and about 50 ms on one core at E = 512"""
 RECALL_TARGET = 0.95
 
-_KIND = re.compile(r"IVF([1-9]\d{0,6}),(SQ8|Flat)")
 _TRAINING_PER_LIST = 50
-_NUM_QUERIES = 256
-_TUNED_K = (10, 100, 1000)
+_LEAST_TRAINING = 50_000
+"""vectors, for the codes, where there are few lists or none"""
+_LEAST_TEXTS = 32
+"""of the collection's own, to be tuned with them"""
 _SEED = 0
-
-
-@dataclass(frozen=True)
-class IndexInfo:
-    """What an index is, why, and what it was measured to find."""
-
-    kind: str
-    """ "exact", or FAISS's name of it, such as "IVF2048,SQ8" """
-    reason: str
-    count: int
-    seconds: float
-    size_bytes: int
-    generation: int
-    """of the collection when it was read"""
-    max_rowid: int
-    """rows above it came later and are scanned beside the index"""
-    fingerprint: str
-    """of the model whose vectors are in it"""
-    identity: str
-    """of the collection"""
-    faiss_version: str
-    file: str | None = None
-    sha256: str | None = None
-    nprobe: dict[int, int] = field(default_factory=dict)
-    """k -> lists to search when k are wanted"""
-    recall: dict[int, float] = field(default_factory=dict)
-    """k -> fraction of the true best k that were found with that nprobe"""
+_TAKES_LISTS = (faiss.IndexIVFFlat, faiss.IndexIVFScalarQuantizer, faiss.IndexIVFRaBitQ)
+"""IVF kinds that add vectors whose lists are known"""
 
 
 def build(
     collection: Collection,
     *,
     kind: str = "auto",
+    field: str = "image",
+    queries: np.ndarray | None = None,
     exact_limit: int = EXACT_LIMIT,
     recall_target: float = RECALL_TARGET,
+    memory_bytes: int | None = None,
+    threads: int | None = None,
 ) -> IndexInfo:
-    """Build the index of a collection and put it in place of the one before.
+    """Build the index of a collection's vectors and put it in place of the one before.
 
-    kind: "auto" (exact up to `exact_limit` vectors), "exact", "ivf", or "IVF<lists>,SQ8" or
-    "IVF<lists>,Flat". Writers and searches go on meanwhile. IndexStoreError if another process is
-    building, or nothing can be written; the old index stays then.
+    kind, exact_limit and memory_bytes are as for `choose`. It is tuned to the recall target with
+    queries (Q, E) as people ask them; without, with the collection's text vectors if `field` is
+    "image" and there are some, else with noisy copies of its vectors. Writers and searches go on
+    meanwhile. IndexStoreError if another process is building, or nothing can be written; the old
+    index stays then. ConfigError if it cannot be built as asked for.
     """
-    with directory_lock(collection.path, ".index.lock", wait=False):
+    if queries is not None:
+        queries = _check_queries(queries, collection.embed_dim)
+    with (
+        directory_lock(collection.path, ".index.lock", wait=False),
+        _threads(threads),
+        Writer(collection.path, field, collection.embed_dim, collection.dtype) as writer,
+    ):
         started = time.monotonic()
-        _remove_files(collection.path, ".index-*.tmp")
         with collection.snapshot() as generation:
-            rowids = collection.rowids()
-            chosen, reason = _choose(kind, len(rowids), collection.embed_dim, exact_limit)
-            fields: dict[str, Any] = {}
-            index = None
-            if chosen != "exact":
-                index, nprobe, recall = _train(collection, rowids, chosen, recall_target)
-                reason += _describe(nprobe, recall, recall_target)
-                fields |= {"nprobe": nprobe, "recall": recall}
-        if index is not None:
-            fields |= _write_index(collection.path, generation, index)
+            choice = choose(
+                kind,
+                len(collection.rowids(field)),
+                collection.embed_dim,
+                exact_limit=exact_limit,
+                memory_bytes=memory_bytes,
+            )
+            for rowids, vectors in collection.vector_blocks(field=field):
+                writer.append(rowids, vectors)
+            texts = _own_texts(collection) if field == "image" and queries is None else None
+        vectors, rowids = writer.finish()
         info = IndexInfo(
-            kind=chosen,
-            reason=reason,
+            kind=choice.kind,
+            reason=choice.reason,
+            field=field,
             count=len(rowids),
+            embed_dim=collection.embed_dim,
+            dtype=collection.dtype.name,
             generation=generation,
             max_rowid=int(rowids[-1]) if len(rowids) else 0,
             fingerprint=collection.fingerprint,
             identity=collection.identity,
             faiss_version=faiss.__version__,
-            seconds=time.monotonic() - started,
-            **({"size_bytes": 0} | fields),
+            seconds=0.0,
+            memory_bytes=choice.memory_bytes,
+            recall_target=recall_target,
         )
-        _write_info(collection.path, info)
-        _remove_files(collection.path, "index-*.faiss", keep=info.file)
-    logger.info("index of %s: %s, %s", collection.path, info.kind, info.reason)
+        index = None
+        if choice.kind != "exact":
+            random = np.random.default_rng(_SEED)
+            index = _fill(choice.kind, vectors, random)
+            info = _tune(info, index, vectors, queries, texts, random)
+        info = dataclasses.replace(info, seconds=round(time.monotonic() - started, 3))
+        info = writer.commit(info, index)
+    logger.info("%s index of %s: %s, %s", field, collection.path, info.kind, info.reason)
     return info
 
 
-def read_info(path: Path) -> IndexInfo | None:
-    """The index of the collection in `path`; None, with a warning if damaged, if there is none."""
-    file = path / INFO_FILE
-    try:
-        stored = json.loads(file.read_text(encoding="utf-8"))
-        content = stored["index"]
-        if stored["sha256"] != _digest(content):
-            raise ValueError("its checksum is wrong")
-        if stored["format_version"] != FORMAT_VERSION:
-            raise ValueError(f"format {stored['format_version']} is not {FORMAT_VERSION}")
-        for name in ("nprobe", "recall"):
-            content[name] = {int(k): value for k, value in content[name].items()}
-        return IndexInfo(**content)
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        logger.warning("%s is ignored: %s; build the index again", file, error)
-        return None
+def _fill(kind: str, vectors: np.ndarray, random: np.random.Generator) -> Any:
+    """A FAISS index, trained on some of the vectors and filled with all."""
+    from index import lists  # and torch, which takes its time
 
-
-def _choose(kind: str, count: int, embed_dim: int, exact_limit: int) -> tuple[str, str]:
-    """The kind to build, and why."""
-    lists = 2 ** round(math.log2(4 * math.sqrt(max(count, 1))))
-    if kind == "exact":
-        return "exact", "asked for; every vector is compared with the query"
-    if kind == "auto" and count <= exact_limit:
-        return "exact", (
-            f"{count:,} vectors are at most {exact_limit:,}: comparing each with the query is fast"
-            " and misses none"
-        )
-    if kind in ("auto", "ivf"):
-        cost = count * embed_dim * 4 / 2**20
-        why = f"more than {exact_limit:,}" if kind == "auto" else "asked for"
-        chosen = f"IVF{lists},SQ8"
-        reason = (
-            f"{count:,} vectors ({why}), an exact scan reads {cost:,.0f} MiB a query;"
-            f" 2^round(log2(4 sqrt N)) = {lists} lists, one byte a dimension, the best candidates"
-            " scored again exactly"
-        )
-    else:
-        chosen, reason = kind, "asked for; the best candidates are scored again exactly"
-    found = _KIND.fullmatch(chosen)
-    if found is None:
-        raise ConfigError(
-            f"unknown index kind {kind!r}; use auto, exact, ivf, IVF<lists>,SQ8 or IVF<lists>,Flat"
-        )
-    if int(found[1]) > count:
-        raise ConfigError(f"{chosen} has more lists than the {count} vectors; use kind exact")
-    return chosen, reason
+    index, centers = _train(kind, vectors, random)
+    for _, block in blocks(vectors):
+        if centers is None or not isinstance(index, _TAKES_LISTS):
+            index.add(block)
+        else:
+            into = lists.assign(block, centers)
+            index.add_core(len(block), faiss.swig_ptr(block), None, faiss.swig_ptr(into))
+    return index
 
 
 def _train(
-    collection: Collection, rowids: np.ndarray, kind: str, recall_target: float
-) -> tuple[Any, dict[int, int], dict[int, float]]:
-    """The filled index, and for each tuned k the nprobe and its measured recall."""
+    kind: str, vectors: np.ndarray, random: np.random.Generator
+) -> tuple[Any, np.ndarray | None]:
+    """An empty index, and the centers of its lists if it has some. ConfigError if it cannot be."""
+    from index import lists
+
     set_blas_threshold()
-    random = np.random.default_rng(_SEED)
-    index = faiss.index_factory(collection.embed_dim, kind, faiss.METRIC_INNER_PRODUCT)
-    index.cp.spherical = True
-    index.cp.min_points_per_centroid = 1  # only silences a line on stderr
-    drawn = random.permutation(rowids)
-    num_queries = min(_NUM_QUERIES, max(1, len(rowids) // 10))
-    num_training = min(len(rowids), index.nlist * _TRAINING_PER_LIST)
-    held_out, training = drawn[:num_queries], drawn[-num_training:]
-    index.train(collection.vectors_of(np.sort(training)))
-    queries = _perturb(collection.vectors_of(held_out), random)
-    ks = [k for k in _TUNED_K if k <= len(rowids)] or [len(rowids)]
-    truth = _add_all(collection, index, queries, ks[-1])
-    nprobe, recall = {}, {}
-    for k in ks:
-        nprobe[k], recall[k] = _tune(index, queries, truth[:, :k], recall_target)
-    return index, nprobe, recall
-
-
-def _perturb(vectors: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """Queries at a cosine of about 0.7 to stored vectors.
-
-    Text queries, which search is for, are farther from pictures than other pictures are, and a
-    stored vector as its own query would always find itself.
-    """
-    noise = random.standard_normal(vectors.shape, dtype=np.float32)
-    noise /= np.linalg.norm(noise, axis=1, keepdims=True)
-    queries = vectors + noise
-    return np.ascontiguousarray(queries / np.linalg.norm(queries, axis=1, keepdims=True))
-
-
-def _add_all(collection: Collection, index: Any, queries: np.ndarray, k: int) -> np.ndarray:
-    """Fill the index; returns the true best k rows of each query (Q, k)."""
-    best = np.full((len(queries), 0), 0, dtype=np.float32)
-    truth = np.full((len(queries), 0), -1, dtype=np.int64)
-    for rowids, vectors in collection.vector_blocks():
-        index.add_with_ids(vectors, rowids)
-        scores, places = faiss.knn(
-            queries, vectors, min(k, len(vectors)), metric=faiss.METRIC_INNER_PRODUCT
-        )
-        best = np.concatenate([best, scores], axis=1)
-        truth = np.concatenate([truth, rowids[places]], axis=1)
-        order = np.argsort(-best, axis=1)[:, :k]
-        best = np.take_along_axis(best, order, axis=1)
-        truth = np.take_along_axis(truth, order, axis=1)
-    return truth
+    index = faiss.index_factory(vectors.shape[1], kind, faiss.METRIC_INNER_PRODUCT)
+    num_training, centers = _LEAST_TRAINING, None
+    if is_ivf(index):
+        num_training = max(num_training, index.nlist * _TRAINING_PER_LIST)
+    sample = _sample(vectors, num_training, random)
+    if is_ivf(index):
+        centers = lists.train(sample, index.nlist, random)
+        index.quantizer.add(centers)
+    try:
+        index.train(sample)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"{kind} cannot be trained on {len(sample)} vectors; use kind exact: {reason}"
+        ) from error
+    return index, centers
 
 
 def _tune(
-    index: Any, queries: np.ndarray, truth: np.ndarray, recall_target: float
-) -> tuple[int, float]:
-    """The least power of two of lists that reaches the target, and the recall it reaches."""
-    k = truth.shape[1]
-    nprobe = 1
-    while True:
-        parameters = search_parameters({k: nprobe}, nprobe)
-        _, found = index.search(queries, min(overfetch(k), index.ntotal), params=parameters)
-        hits = sum(int(np.isin(truth[i], found[i]).sum()) for i in range(len(truth)))
-        recall = hits / truth.size
-        if recall >= recall_target or nprobe >= index.nlist:
-            return nprobe, recall
-        nprobe = min(2 * nprobe, index.nlist)
-
-
-def _describe(nprobe: dict[int, int], recall: dict[int, float], target: float) -> str:
-    k = min(nprobe)
-    return (
-        f"; recall@{k} {recall[k]:.3f} (target {target:g}) with {nprobe[k]} lists searched,"
-        " measured with noisy copies of stored vectors"
+    info: IndexInfo,
+    index: Any,
+    vectors: np.ndarray,
+    queries: np.ndarray | None,
+    texts: np.ndarray | None,
+    random: np.random.Generator,
+) -> IndexInfo:
+    """`info` with what was measured, with the best queries there are."""
+    if queries is not None:
+        asked = f"{len(queries)} given queries"
+    elif texts is not None:
+        queries, asked = texts, f"{len(texts)} text vectors of the collection"
+    else:
+        queries = noisy_copies(_sample(vectors, NUM_QUERIES, random), random)
+        asked = f"{len(queries)} noisy copies of stored vectors"
+    tuning = tune(index, vectors, queries, info.recall_target)
+    k, point = next(iter(tuning.tuned.items()))
+    reason = (
+        f"{info.reason}; recall@{k} {point['recall']:.3f} (target {info.recall_target:g}) at"
+        f" breadth {point['breadth']} with {point['fetch']} candidates, {point['ms']:.2f} ms a"
+        f" query, measured with {asked}"
+    )
+    if point["recall"] < info.recall_target:
+        reason += "; the target is out of reach of this kind of index"
+        logger.warning("%s index %s: %s", info.field, info.kind, reason)
+    return dataclasses.replace(
+        info,
+        reason=reason,
+        queries=asked,
+        tuned=tuning.tuned,
+        filtered=tuning.filtered,
+        curve=tuning.curve,
     )
 
 
-def _write_index(path: Path, generation: int, index: Any) -> dict[str, Any]:
-    """Write aside and rename; returns file, sha256 and size_bytes.
+def _own_texts(collection: Collection) -> np.ndarray | None:
+    rowids = collection.rowids("text")
+    if len(rowids) < _LEAST_TEXTS:
+        return None
+    random = np.random.default_rng(_SEED)
+    drawn = random.choice(rowids, min(MAX_QUERIES, len(rowids)), replace=False)
+    return collection.vectors_of(np.sort(drawn), "text")[random.permutation(len(drawn))]
 
-    Through a Python file, because FAISS's own writer neither flushes to disk nor reports that a
-    small file met a full disk.
-    """
-    temporary = path / f".index-{generation}.{os.getpid()}.tmp"
-    digest = hashlib.sha256()
+
+def _sample(vectors: np.ndarray, count: int, random: np.random.Generator) -> np.ndarray:
+    """Up to `count` of the vectors, float32."""
+    drawn = random.choice(len(vectors), min(count, len(vectors)), replace=False)
+    return gather(vectors, np.sort(drawn))
+
+
+def _check_queries(queries: np.ndarray, embed_dim: int) -> np.ndarray:
+    """The first of them, of unit length, float32."""
+    queries = np.asarray(queries[:MAX_QUERIES], dtype=np.float32)
+    if queries.ndim != 2 or queries.shape[1] != embed_dim or not len(queries):
+        raise ConfigError(
+            f"queries of shape {queries.shape} to tune with; they must be (number, {embed_dim})"
+        )
+    lengths = np.linalg.norm(queries, axis=1, keepdims=True)
+    if not (np.isfinite(lengths) & (lengths > 0)).all():
+        raise ConfigError("a query to tune with is zero or not finite; leave it out")
+    return np.asarray(queries / lengths)
+
+
+@contextlib.contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """FAISS's number of threads, for what this thread asks of it."""
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(count or before)
     try:
-        with temporary.open("wb") as file:
-
-            def write(data: bytes) -> None:
-                digest.update(data)
-                file.write(data)
-
-            faiss.write_index(index, faiss.PyCallbackIOWriter(write))
-            file.flush()
-            os.fsync(file.fileno())
-            size_bytes = file.tell()
-        # The digest keeps two indexes of one generation apart: a reader never meets a file that
-        # its index.json does not mean.
-        final = path / f"index-{generation}-{digest.hexdigest()[:12]}.faiss"
-        temporary.replace(final)
-        sync(path)
-    except (OSError, RuntimeError) as error:
-        raise IndexStoreError(
-            f"{path}: the index cannot be written, the old one stays:"
-            f" {getattr(error, 'strerror', None) or error}"
-        ) from error
+        yield
     finally:
-        temporary.unlink(missing_ok=True)
-    return {"file": final.name, "sha256": digest.hexdigest(), "size_bytes": size_bytes}
-
-
-def _write_info(path: Path, info: IndexInfo) -> None:
-    content = json.loads(json.dumps(asdict(info)))  # as it will be read: text keys
-    stored = {"format_version": FORMAT_VERSION, "sha256": _digest(content), "index": content}
-    try:
-        write_atomic(path / INFO_FILE, json.dumps(stored, indent=2) + "\n")
-    except OSError as error:
-        raise IndexStoreError(
-            f"{path / INFO_FILE} cannot be written, the old index stays: {error.strerror}"
-        ) from error
-
-
-def _digest(content: object) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _remove_files(path: Path, pattern: str, keep: str | None = None) -> None:
-    """Old files; one that will not go is left for the next build."""
-    for file in sorted(path.glob(pattern)):
-        if file.name != keep:
-            with contextlib.suppress(OSError):
-                file.unlink()
+        faiss.omp_set_num_threads(before)
