@@ -7,6 +7,7 @@ Legend: C classes, M templates, E embedding.
 """
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,8 @@ from clipserve.errors import ConfigError, IndexStoreError
 from clipserve.model import Model
 from clipserve.prompts import ClassHead, fill, head_from_prompts, load_templates
 from index.collection import Collection
+from index.database import is_writable
+from index.maintain import Maintainer
 from index.search import Searcher
 from service.errors import Forbidden, NotFound, RequestError
 from service.heads import HeadCache
@@ -72,17 +75,25 @@ class ServedModel:
 class ServedCollection:
     """An open collection and the model that made its vectors."""
 
-    def __init__(self, searcher: Searcher, model: ServedModel, read_only: bool) -> None:
+    def __init__(self, searcher: Searcher, model: ServedModel, settings: Settings) -> None:
         self.searcher = searcher
         self.collection: Collection = searcher.collection
         self.name = searcher.collection.name
         self.model = model
-        self._read_only = read_only
+        self._read_only = settings.read_only
+        self._running = contextlib.ExitStack()
+        if settings.rebuild_indexes and is_writable(searcher.collection.path):
+            self._running.enter_context(Maintainer(searcher))
 
     def check_writable(self) -> None:
         """Forbidden if the settings allow no changes."""
         if self._read_only:
             raise Forbidden("this service does not change collections; unset CLIPSERVE_READ_ONLY")
+
+    def close(self) -> None:
+        """Nobody may be searching any more."""
+        self._running.close()
+        self.searcher.close()
 
 
 class Registry:
@@ -140,7 +151,7 @@ class Registry:
         if name in self.collections:
             raise ConfigError(f"two collections are called {name!r}; rename a directory")
         searcher = Searcher(path, fingerprint=fingerprint)
-        self.collections[name] = ServedCollection(searcher, model, self.settings.read_only)
+        self.collections[name] = ServedCollection(searcher, model, self.settings)
         return self.collections[name]
 
     def model(self, name: str | None) -> ServedModel:
@@ -180,7 +191,7 @@ class Registry:
         for served in self.models.values():
             served.pipeline.close()
         for collection in self.collections.values():
-            collection.searcher.close()
+            collection.close()
 
     def _model_of(self, fingerprint: str) -> ServedModel | None:
         served: Sequence[ServedModel] = list(self.models.values())

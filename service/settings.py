@@ -33,6 +33,8 @@ class Settings(BaseSettings):
     """folder whose collections are all served, beside those named on the command line"""
     read_only: bool = False
     """refuse to change collections over REST"""
+    rebuild_indexes: bool = True
+    """build a collection's index anew, in the background, when a tenth of it was written since"""
 
     max_body_bytes: Count = 64 * 2**20
     """largest request body"""

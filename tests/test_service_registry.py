@@ -1,5 +1,6 @@
 """What may be served together."""
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -75,3 +76,15 @@ def test_a_model_that_gives_no_vectors_is_found_before_it_is_served(registry, ti
     checkpoint.save(tiny_model, tmp_path / "broken", name="broken")
     with pytest.raises(ModelFailed, match="not finite"):
         registry.add_model(load(tmp_path / "broken")).pipeline.warm_up()
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_served_collection_is_looked_after_unless_settings_say_no(
+    wanted: bool, model_dir: Path, tmp_path: Path
+) -> None:
+    registry = Registry(load_settings(rebuild_indexes=wanted))
+    served = registry.add_model(load(model_dir))
+    registry.add_collection(make_collection(tmp_path / "c", served.fingerprint))
+    assert ("maintainer" in [thread.name for thread in threading.enumerate()]) is wanted
+    registry.close()
+    assert "maintainer" not in [thread.name for thread in threading.enumerate()]

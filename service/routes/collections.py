@@ -13,7 +13,7 @@ from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
 from clipserve.errors import IndexStoreError
-from index.build import read_info
+from index.cache import read_info
 from index.collection import Item, check_item
 from service.errors import NotFound, RequestError, at
 from service.inputs import Input, check_count, parse_picture, parse_text, parse_vector

@@ -1,0 +1,171 @@
+import logging
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_index_search import Truth, unit
+
+from clipserve.errors import IndexStoreError
+from index import maintain
+from index.build import build
+from index.collection import directory_lock
+from index.maintain import Maintainer
+from index.search import Searcher, SearchStats
+
+LONG_S = 60.0  # for what happens at once, or never
+
+
+@pytest.fixture
+def truth(tmp_path: Path) -> Iterator[Truth]:
+    made = Truth(tmp_path / "pets")
+    made.upsert([f"{i}" for i in range(200)], unit(200))
+    build(made.collection, kind="exact")
+    yield made
+    made.collection.close()
+
+
+@pytest.fixture
+def searcher(truth: Truth) -> Iterator[Searcher]:
+    with Searcher(truth.collection.path, device="cpu") as opened:
+        yield opened
+
+
+class Built:
+    """Stands for `build` and tells when it was called, and when it is done."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.how: list[dict[str, Any]] = []
+        self.done = threading.Semaphore(0)
+        self.fails = False
+        self.may_go_on = threading.Event()
+        self.may_go_on.set()
+        monkeypatch.setattr(maintain, "build", self)
+
+    def __call__(self, collection: Any, **how: Any) -> None:
+        self.how.append(how)
+        self.may_go_on.wait(LONG_S)
+        if self.fails:
+            self.done.release()
+            raise IndexStoreError("the disk is full")
+        build(collection, kind="exact")
+        self.done.release()
+
+
+@pytest.mark.parametrize(
+    ("fraction", "min_rows", "is_due"),
+    [(0.1, 10, True), (0.1, 30, False), (0.16, 10, False), (0.14, 29, True)],
+)
+def test_an_index_is_due_when_enough_is_fresh_or_dead(
+    truth: Truth, searcher: Searcher, fraction: float, min_rows: int, is_due: bool
+) -> None:
+    maintainer = Maintainer(searcher, rebuild_fraction=fraction, min_rows=min_rows)
+    assert not maintainer.is_due()
+    truth.upsert([f"{i}" for i in range(190, 200)], unit(10, seed=1))
+    truth.delete([f"{i}" for i in range(10)])
+    assert searcher.stats() == SearchStats(200, 10, 20)
+    assert maintainer.is_due() is is_due
+
+
+def test_a_rebuild_is_taken_by_the_searcher(truth: Truth, searcher: Searcher) -> None:
+    truth.upsert([f"{i}" for i in range(150, 300)], unit(150, seed=1))
+    Maintainer(searcher).rebuild()
+    assert searcher.stats() == SearchStats(300, 0, 0)
+    truth.check(searcher, unit(3, seed=3), 10)
+
+
+def test_writes_that_a_search_meets_wake_the_thread(
+    truth: Truth, searcher: Searcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = Built(monkeypatch)
+    with Maintainer(searcher, min_rows=20, poll_s=LONG_S, kind="ivf", threads=3):
+        truth.upsert([f"new-{i}" for i in range(30)], unit(30, seed=1))
+        truth.check(searcher, unit(3, seed=3), 10)
+        assert built.done.acquire(timeout=LONG_S)
+    assert built.how == [{"kind": "ivf", "field": "image", "queries": None, "threads": 3}]
+    truth.check(searcher, unit(3, seed=3), 10)
+
+
+def test_notify_wakes_the_thread_and_too_little_builds_nothing(
+    truth: Truth, searcher: Searcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = Built(monkeypatch)
+    looked = threading.Semaphore(0)
+    is_due = Maintainer.is_due
+    monkeypatch.setattr(Maintainer, "is_due", lambda self: (is_due(self), looked.release())[0])
+    with Maintainer(searcher, min_rows=20, poll_s=LONG_S) as maintainer:
+        truth.upsert(["a"], unit(1, seed=1))
+        maintainer.notify()
+        assert looked.acquire(timeout=LONG_S)
+        truth.upsert([f"new-{i}" for i in range(30)], unit(30, seed=1))
+        maintainer.notify()
+        assert built.done.acquire(timeout=LONG_S)
+    assert len(built.how) == 1
+
+
+def test_an_error_is_logged_and_the_next_attempt_succeeds(
+    truth: Truth,
+    searcher: Searcher,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    built = Built(monkeypatch)
+    built.fails = True
+    truth.upsert([f"new-{i}" for i in range(30)], unit(30, seed=1))
+    with Maintainer(searcher, min_rows=20, poll_s=0.01, retry_s=0.01) as maintainer:
+        maintainer.notify()
+        assert built.done.acquire(timeout=LONG_S)
+        truth.check(searcher, unit(3, seed=3), 10)
+        built.fails = False
+        while not caplog.text or len(built.how) < 2:
+            assert built.done.acquire(timeout=LONG_S)
+    assert "was not built anew, the old one stays: the disk is full" in caplog.text
+    truth.check(searcher, unit(3, seed=3), 10)
+
+
+def test_a_build_by_another_process_is_no_failure_of_searches(
+    truth: Truth, searcher: Searcher, caplog: pytest.LogCaptureFixture
+) -> None:
+    truth.upsert([f"new-{i}" for i in range(30)], unit(30, seed=1))
+    logged = threading.Event()
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            logged.set()
+
+    handler = Handler()
+    maintain.logger.addHandler(handler)
+    try:
+        with (
+            directory_lock(truth.collection.path, ".index.lock", wait=False),
+            Maintainer(searcher, min_rows=20, retry_s=LONG_S) as maintainer,
+        ):
+            maintainer.notify()
+            assert logged.wait(LONG_S)
+            truth.check(searcher, unit(3, seed=3), 10)
+    finally:
+        maintain.logger.removeHandler(handler)
+    assert "being indexed by another process" in caplog.text
+
+
+def test_closing_does_not_wait_for_a_long_build(
+    truth: Truth,
+    searcher: Searcher,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(maintain, "_PATIENCE_S", 0.05)
+    built = Built(monkeypatch)
+    built.may_go_on.clear()
+    truth.upsert([f"new-{i}" for i in range(30)], unit(30, seed=1))
+    maintainer = Maintainer(searcher, min_rows=20)
+    with maintainer:
+        maintainer.notify()
+        while not built.how:
+            threading.Event().wait(0.005)
+    assert "still being built and is not waited for" in caplog.text
+    built.may_go_on.set()
+    maintainer._thread.join(LONG_S)
+    assert not maintainer._thread.is_alive()
+    assert searcher.stats().fresh == 0  # a search takes what was left behind
