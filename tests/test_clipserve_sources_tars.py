@@ -11,6 +11,7 @@ from conftest import encode, make_picture
 
 from clipserve.errors import DataError
 from clipserve.sources import BadRecord, Record, SourceOptions, read_source
+from clipserve.sources.tars import ShardRecords
 
 PICTURE = encode(make_picture(), "JPEG")
 
@@ -55,6 +56,19 @@ def test_captions_as_they_are_or_made_of_the_json(tmp_path: Path) -> None:
         read(tmp_path, image_column="jpg")
 
 
+def test_fields_of_the_json_are_numbers_where_they_are(tmp_path: Path) -> None:
+    jsons: list[dict[str, Any]] = [{"price": "45", "n": "1"}, {"n": "2"}, {"price": "cheap"}]
+    samples = {f"{i}": {"jpg": PICTURE, "txt": "a", "json": each} for i, each in enumerate(jsons)}
+    write_tar(tmp_path / "a.tar", samples)
+    first, second, bad = read(tmp_path, number_columns="price")
+    assert isinstance(first, Record)
+    assert isinstance(second, Record)
+    assert (first.metadata, second.metadata) == ({"price": 45, "n": "1"}, {"n": "2"})
+    assert isinstance(bad, BadRecord)
+    assert (bad.origin, bad.kind) == ("a.tar:2", "bad_number")
+    assert bad.reason == "column 'price' holds 'cheap', no finite number"
+
+
 def test_what_img2dataset_could_not_download_is_bad(tmp_path: Path) -> None:
     write_tar(tmp_path / "00000.tar", {"000000000": {"jpg": PICTURE, "txt": "a", "json": {}}})
     pq.write_table(
@@ -94,3 +108,26 @@ def test_an_id_that_comes_again_is_refused(tmp_path: Path) -> None:
         "bad_id",
         "bad_id",
     ]
+
+
+def test_some_samples_are_read_by_their_numbers_and_no_others(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    write_tar(path, {str(i): {"jpg": PICTURE, "txt": f"caption {i}"} for i in range(5)})
+    everything = read(tmp_path)
+    with ShardRecords(tmp_path, SourceOptions()) as source:
+        assert [*source.records(0, 2), *source.records(2, 5)] == everything
+        assert list(source.records(3, 3)) == []
+        assert list(source.bad()) == []
+        path.write_bytes(path.read_bytes().replace(b"caption 1", b"caption X"))
+        assert list(source.records(2, 5)) == everything[2:]
+
+
+def test_of_some_samples_those_of_another_split_are_left_out(tmp_path: Path) -> None:
+    splits = ["train", "val", "train", "val"]
+    samples = {
+        str(i): {"jpg": PICTURE, "txt": "a", "json": {"split": split}}
+        for i, split in enumerate(splits)
+    }
+    write_tar(tmp_path / "a.tar", samples)
+    with ShardRecords(tmp_path, SourceOptions(split="val")) as source:
+        assert [record.key for record in source.records(0, 3)] == ["a/1"]
