@@ -6,6 +6,7 @@ bytes of a file: reading and decoding is the consumer's work, which it can do in
     records.py       Record, BadRecord, SourceOptions
     rows.py          rows of any table -> records; groups, ids, splits
     captions.py      columns or a template -> captions
+    numeric.py       texts that stand for numbers -> numbers
     tables.py        CSV, TSV, JSONL
     parquet.py       Parquet files
     annotations.py   COCO, Karpathy, lists in JSON

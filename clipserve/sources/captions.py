@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from itertools import islice
 from typing import Any, Self
 
@@ -27,10 +28,21 @@ def choose(
         )
     found = sum(column == name for column in columns)
     if found == 0:
-        raise DataError(f"{where} has no column {name!r}; it has: {show_columns(columns)}")
+        near = get_close_matches(name, map(str, columns), 1)
+        hint = f"; did you mean {to_text(near[0])!r}?" if near else ""
+        raise DataError(f"{where} has no column {name!r}; it has: {show_columns(columns)}{hint}")
     if found > 1:
         raise DataError(f"{where} has {found} columns named {name!r}; rename all but one")
     return name
+
+
+def split_names(text: str | None, columns: Iterable[str]) -> tuple[str, ...]:
+    """Names of columns that are written with commas between."""
+    if text is None:
+        return ()
+    if text in columns:  # its own name may hold a comma
+        return (text,)
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def show_columns(columns: Iterable[str]) -> str:
@@ -90,7 +102,7 @@ class CaptionRule:
             for name in template.columns:
                 choose(where, columns, name, (), "caption")
             return cls((), template)
-        names = _split_names(options.caption_column, columns) or (None,)
+        names = split_names(options.caption_column, columns) or (None,)
         return cls(tuple(choose(where, columns, n, CAPTION_COLUMNS, "caption") for n in names))
 
     @classmethod
@@ -98,7 +110,7 @@ class CaptionRule:
         """For samples whose fields differ from one to the next: what is missing is just empty."""
         if options.caption_template is not None:
             return cls((), Template(options.caption_template))
-        names = _split_names(options.caption_column, tuple(fields))
+        names = split_names(options.caption_column, fields)
         known = _first_known(tuple(fields), CAPTION_COLUMNS)
         return cls(names or ((known,) if known else ()))
 
@@ -129,14 +141,6 @@ class CaptionRule:
 def _first_known(columns: Sequence[str], known: tuple[str, ...]) -> str | None:
     by_lower = {str(column).lower().strip(): str(column) for column in reversed(columns)}
     return next((by_lower[name] for name in known if name in by_lower), None)
-
-
-def _split_names(text: str | None, columns: Sequence[str]) -> tuple[str, ...]:
-    if text is None:
-        return ()
-    if text in columns:  # its own name may hold a comma
-        return (text,)
-    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def _texts(value: Any) -> list[str]:

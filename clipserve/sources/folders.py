@@ -20,7 +20,7 @@ from typing import Any
 from clipserve.errors import DataError, SampleError
 from clipserve.shards import is_utf8
 from clipserve.shards.manifest import MAX_TEXT_BYTES
-from clipserve.sources.captions import CaptionRule
+from clipserve.sources.captions import CaptionRule, split_names
 from clipserve.sources.records import IMAGE_SUFFIXES, BadRecord, Record, SourceOptions, to_text
 from clipserve.sources.rows import is_in_split, to_metadata
 
@@ -115,7 +115,9 @@ def _record(
     rule = CaptionRule.for_fields(fields, options)
     try:
         captions = rule.captions(fields)
-        return Record(key, origin, image, captions, to_metadata(fields, ["caption", *rule.columns]))
+        numbers = split_names(options.number_columns, fields)
+        metadata = to_metadata(fields, ["caption", *rule.columns], numbers)
+        return Record(key, origin, image, captions, metadata)
     except SampleError as error:
         return BadRecord(key, origin, error.kind, str(error))
 

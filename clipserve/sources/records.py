@@ -52,6 +52,8 @@ class SourceOptions:
     """its values become the keys; None numbers the rows: `captions/000000017`"""
     caption_template: str | None = None
     """makes the caption of columns: "{title}, {colour}"; a row with one of them empty is bad"""
+    number_columns: str | None = None
+    """one column, or several, comma separated, whose texts are made numbers: a CSV has no others"""
     group_by: str | None = None
     """joins neighbouring rows with the same value here into one record with all their captions"""
     split: str | None = None

@@ -5,7 +5,7 @@ Start at `read_rows`. A bad row is a BadRecord; a column that is not there is a 
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date, datetime, time
 from decimal import Decimal
@@ -16,7 +16,8 @@ from typing import Any
 from clipserve.errors import ConfigError, DataError, SampleError
 from clipserve.shards import is_utf8
 from clipserve.shards.manifest import MAX_TEXT_BYTES
-from clipserve.sources.captions import CaptionRule, choose
+from clipserve.sources.captions import CaptionRule, choose, split_names
+from clipserve.sources.numeric import to_number
 from clipserve.sources.records import BadRecord, Record, SourceOptions, Url, to_text
 
 IMAGE_COLUMNS = (
@@ -87,11 +88,16 @@ def to_image(value: Any, folder: Path) -> Path | bytes | Url:
     return Url(value.strip())
 
 
-def to_metadata(fields: Mapping[str, Any], leave_out: Iterable[str] = ()) -> dict[str, Any]:
-    """What JSON can hold of the fields, empty ones left out. Raises SampleError."""
+def to_metadata(
+    fields: Mapping[str, Any], leave_out: Iterable[str] = (), numbers: Collection[str] = ()
+) -> dict[str, Any]:
+    """What JSON can hold of the fields, empty ones left out. Raises SampleError.
+
+    `numbers` are those whose texts are made numbers.
+    """
     left_out = set(leave_out)
     plain = {
-        to_text(name): _to_plain(value, _MAX_DEPTH)
+        to_text(name): _to_plain(to_number(name, value) if name in numbers else value, _MAX_DEPTH)
         for name, value in fields.items()
         if isinstance(name, str) and name not in left_out
     }
@@ -112,12 +118,16 @@ class _RowParser:
         self._image = choose(where, columns, options.image_column, IMAGE_COLUMNS, "image")
         self._rule = CaptionRule.for_table(where, columns, options)
         self._id = options.id_column
-        needed = [options.id_column, options.group_by, *options.required_columns]
+        self._numbers = split_names(options.number_columns, columns)
+        needed = [options.id_column, options.group_by, *self._numbers, *options.required_columns]
         for name in [*needed, "split" if options.splits else None]:
             if name is not None:
                 choose(where, columns, name, (), "")
         if options.group_by in self._rule.columns:
             raise ConfigError(f"rows cannot be grouped by {options.group_by!r}: it is the caption")
+        for name in self._numbers:
+            if name in self._rule.columns:
+                raise ConfigError(f"{name!r} cannot hold numbers: it is the caption")
 
     def record(self, row: Row) -> Record | BadRecord:
         key = row.key
@@ -126,7 +136,8 @@ class _RowParser:
                 key = _to_key(row.fields.get(self._id))
             image = self._to_image(row.fields.get(self._image))
             captions = self._rule.captions(row.fields)
-            metadata = to_metadata(self._without_bytes(row.fields), self._rule.columns)
+            fields = self._without_bytes(row.fields)
+            metadata = to_metadata(fields, self._rule.columns, self._numbers)
         except SampleError as error:
             return BadRecord(key, row.origin, error.kind, str(error))
         return Record(key, row.origin, image, captions, metadata)
