@@ -1,97 +1,98 @@
-"""The commands as a user runs them, in processes of their own."""
+"""The commands as a user runs them: most in this process, a few, by `spawn`, in their own."""
 
-import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import test_clipserve_cli_index
 from conftest import encode, make_picture
+from test_clipserve_cli_index import Done, Run
 
 from clipserve import cli
+from clipserve.cli import models
 from clipserve.errors import ConfigError
 
-Run = Callable[..., "subprocess.CompletedProcess[str]"]
+run = test_clipserve_cli_index.run
+"""a fixture: run(*arguments) in this process"""
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Run:
-    def run_it(*arguments: object) -> "subprocess.CompletedProcess[str]":
+def spawn(tmp_path: Path) -> Run:
+    """spawn(*arguments) in a new process, as from a shell: seconds, where torch is needed."""
+
+    def spawn_it(*arguments: object) -> Done:
         command = [sys.executable, "-W", "error", "-m", "clipserve", *map(str, arguments)]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        return subprocess.run(
+        done = subprocess.run(
             command, capture_output=True, text=True, cwd=tmp_path, timeout=120, env=environment
         )
+        return Done(done.returncode, done.stdout, done.stderr)
 
-    return run_it
+    return spawn_it
 
 
 def test_the_main_job_from_csv_to_answers(
-    run: Run, captioned: Any, model_dir: Path, tmp_path: Path
+    run: Run, spawn: Run, captioned: Any, model_dir: Path
 ) -> None:
     table = captioned(6)
     packed = run("pack", table, "shards")
-    assert packed.returncode == 0, packed.stderr
-    assert "packed 6 in shards; 0 bad" in packed.stdout
-    assert "6 samples, 0 bad" in run("verify", "shards").stdout
+    assert packed.code == 0, packed.err
+    assert "packed 6 in shards; 0 bad" in packed.out
+    assert "6 samples, 0 bad" in run("verify", "shards").out
     embedded = run("embed", model_dir, "shards", "--collection", "items", "--json")
-    assert json.loads(embedded.stdout)["added"] == 6
+    assert embedded.json["added"] == 6
     again = run("embed", model_dir, "shards", "--collection", "items", "--json")
-    assert json.loads(again.stdout) == {"added": 0, "skipped": 6, "bad": []}
+    report = again.json
+    assert (report["added"], report["skipped"], report["bad"]) == (0, 6, [])
     built = run("index", "build", "items", "--json")
-    assert json.loads(built.stdout)["kind"] == "exact"
-    info = json.loads(run("index", "info", "items", "--json").stdout)
+    assert built.json["kind"] == "exact"
+    info = run("index", "info", "items", "--json").json
     assert (info["items"], info["embed_dim"]) == (6, 16)
     picture = table.parent / "4.png"
     search = ("search", "items", "--model", model_dir, "--image", picture, "-k", 2, "--json")
-    hits = json.loads(run(*search).stdout)
+    hits = run(*search).json
+    assert spawn(*search).json == hits  # of what is on disk
     assert hits[0]["caption"] == "picture number 4"
     assert hits[0]["score"] == pytest.approx(1.0, abs=1e-3)
     words = run("search", "items", "a picture", "--model", model_dir, "-k", 3)
-    assert len(words.stdout.splitlines()) == 3
+    assert len(words.out.splitlines()) == 3
     classified = run("classify", model_dir, picture, "--labels", "red, blue,green", "--json")
-    (answer,) = json.loads(classified.stdout)
+    (answer,) = classified.json
     assert {entry["label"] for entry in answer["classes"]} == {"red", "blue", "green"}
     assert sum(entry["p"] for entry in answer["classes"]) == pytest.approx(1.0)
 
 
-def test_pack_lists_bad_rows_and_ends_by_their_fraction(
-    run: Run, captioned: Any, tmp_path: Path
-) -> None:
+def test_pack_lists_bad_rows_and_ends_by_their_fraction(run: Run, captioned: Any) -> None:
     table = captioned(9)
     with table.open("a") as file:
         file.write("nowhere.png,lost,\n")
     within = run("pack", table, "a", "--max-bad-fraction", 0.1)
-    assert within.returncode == 0
-    assert "bad: captions.csv row 11: missing_image: " in within.stdout
+    assert within.code == 0
+    assert "bad: captions.csv row 11: missing_image: " in within.out
     beyond = run("pack", table, "b", "--max-bad-fraction", 0.05)
-    assert beyond.returncode == 1
-    assert "10.0% of the samples are bad" in beyond.stderr
-    assert "9 samples, 0 bad" in run("verify", "b").stdout
+    assert beyond.code == 1
+    assert "10.0% of the samples are bad" in beyond.err
+    assert "9 samples, 0 bad" in run("verify", "b").out
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["pack", "no.csv", "out"], "no.csv does not exist"),
-        (
-            ["train", "out=x", "data.train=nowhere", "train.epochs=1"],
-            "source nowhere does not exist",
-        ),
         (["train", "out=x", "data.trian=y", "train.epochs=1"], "did you mean 'train'"),
         (["train", "no.toml"], "no.toml does not exist"),
         (["classify", "nowhere", "x.png", "--labels", "a"], "x.png does not exist"),
         (["search", "nowhere", "words"], "--model MODEL is required"),
         (["search", "nowhere", "words", "--model", "m"], "nowhere"),
-        (["serve", "nowhere"], "nowhere"),
+        (["serve", "nowhere", "--port", "0"], "nowhere"),
         (["index", "info", "nowhere"], "nowhere"),
         (["pack", "t.csv", "t.csv/sub"], "t.csv"),
         (["train", "runs/lr=3/c.toml"], "runs/lr=3/c.toml does not exist"),
-        (["demo", "--out", "."], "holds something else"),
-        (["frobnicate"], "frobnicate"),
         (["pack", "--nonsense"], "--nonsense"),
     ],
 )
@@ -99,13 +100,76 @@ def test_a_users_mistake_is_one_line_and_code_two(
     run: Run, arguments: list[str], words: str, tmp_path: Path
 ) -> None:
     (tmp_path / "t.csv").write_text("image,caption\n")
-    done = run(*arguments)
-    assert done.returncode == 2
-    if "Usage" not in done.stderr:  # the parser shows how it is used, in a few lines
-        assert done.stderr.count("\n") == 1
-    assert words in done.stderr
-    assert "Traceback" not in done.stderr
-    assert done.stdout == ""
+    check_mistake(run(*arguments), words)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ["train", "out=x", "data.train=nowhere", "train.epochs=1"],
+            "source nowhere does not exist",
+        ),
+        (["demo", "--out", "."], "holds something else"),
+        (["frobnicate"], "frobnicate"),
+    ],
+)
+def test_a_mistake_in_a_process_of_its_own(
+    spawn: Run, arguments: list[str], words: str, tmp_path: Path
+) -> None:
+    (tmp_path / "t.csv").write_text("image,caption\n")
+    check_mistake(spawn(*arguments), words)
+
+
+def check_mistake(done: Done, words: str) -> None:
+    assert done.code == 2
+    if "Usage" not in done.err:  # the parser shows how it is used, in a few lines
+        assert done.err.count("\n") == 1
+    assert words in done.err
+    assert "Traceback" not in done.err
+    assert done.out == ""
+
+
+def test_an_interrupt_is_one_line_and_code_130(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "t.csv")
+    start = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from clipserve.cli import main; main()"
+    )  # a shell may have started us with it ignored
+    process = subprocess.Popen(
+        [sys.executable, "-c", start, "pack", "t.csv", "out"],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with (tmp_path / "t.csv").open("w"):  # waits until it is being read
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=120)
+    assert (process.returncode, error) == (130, "clipserve: interrupted\n")
+
+
+def test_columns_of_a_csv_are_filtered_as_the_numbers_they_are_named(
+    run: Run, captioned: Any, model_dir: Path
+) -> None:
+    table = captioned(4)
+    header, *lines = table.read_text().splitlines()
+    priced = [f"{header},price", *(f"{line},{10 * i}" for i, line in enumerate(lines))]
+    table.write_text("\n".join(priced) + "\n")
+    embed = ("embed", model_dir, table, "--collection", "items")
+    search = ("search", "items", "--like", "captions/000000000")
+    cheap = (*search, "--filter", '{"price": {"lt": 25}}', "--json")
+    assert run(*embed).code == 0
+    refused = run(*cheap)
+    check_mistake(refused, "'price' with the number 25, but no item has a number there")
+    assert "embed again with --overwrite --number-columns price" in refused.err
+    assert run(*embed, "--overwrite", "--number-columns", "price").code == 0
+    assert sorted(run(*cheap).ids()) == ["captions/000000001", "captions/000000002"]
+    assert [hit["metadata"]["price"] for hit in run(*cheap).json] in ([10, 20], [20, 10])
+    assert run("pack", table, "shards", "--number-columns", "price").code == 0
+    run("embed", model_dir, "shards", "--collection", "packed")
+    of_shards = run("search", "packed", "--like", "000000/000000000", *cheap[-3:])
+    assert sorted(hit["metadata"]["price"] for hit in of_shards.json) == [10, 20]
+    check_mistake(run(*embed, "--number-columns", "prise"), "did you mean 'price'?")
 
 
 def test_a_collection_of_another_model_is_refused_before_loading(
@@ -120,43 +184,41 @@ def test_a_collection_of_another_model_is_refused_before_loading(
     architecture = checkpoint.read_description(model_dir)["architecture"]
     other = checkpoint.save(create(architecture), tmp_path / "other", name="other")
     mine = checkpoint.read_description(model_dir)["fingerprint"]
-    assert run("embed", model_dir, captioned(2), "--collection", "items").returncode == 0
+    assert run("embed", model_dir, captioned(2), "--collection", "items").code == 0
     for command in (
         ("search", "items", "words", "--model", "other"),
         ("embed", "other", tmp_path / "source" / "captions.csv", "--collection", "items"),
     ):
         refused = run(*command)
-        assert refused.returncode == 2
-        assert mine[:12] in refused.stderr
-        assert other[:12] in refused.stderr
+        assert refused.code == 2
+        assert mine[:12] in refused.err
+        assert other[:12] in refused.err
 
 
 def test_a_bad_picture_is_named(run: Run, model_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(encode(make_picture())[:80])
     done = run("classify", model_dir, "a.png", "--labels", "x,y")
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "a.png: damaged or truncated PNG" in done.stderr
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert "a.png: damaged or truncated PNG" in done.err
 
 
 def test_verify_finds_a_damaged_model(run: Run, model_dir: Path, tmp_path: Path) -> None:
-    import shutil
-
     copy = Path(shutil.copytree(model_dir, tmp_path / "model"))
-    assert run("verify", copy).returncode == 0
+    assert run("verify", copy).code == 0
     weights = copy / "open_clip_model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-5] ^= 16
     weights.write_bytes(data)
     damaged = run("verify", copy)
-    assert damaged.returncode == 1
-    assert "open_clip_model.safetensors is damaged" in damaged.stderr
+    assert damaged.code == 1
+    assert "open_clip_model.safetensors is damaged" in damaged.err
 
 
 def test_doctor_and_help_config_answer(run: Run) -> None:
-    facts = json.loads(run("doctor", "--json").stdout)
+    facts = run("doctor", "--json").json
     assert facts["cpus"] >= 1
     assert facts["findings"]
-    assert "optim.warmup_steps" in run("train", "--help-config").stdout
+    assert "optim.warmup_steps" in run("train", "--help-config").out
 
 
 def test_another_owner_of_our_package_names_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,10 +232,10 @@ def test_another_owner_of_our_package_names_is_named(monkeypatch: pytest.MonkeyP
 
 def test_labels_from_a_file(tmp_path: Path) -> None:
     (tmp_path / "labels.txt").write_text("a cat\n\n dog, wild \n")
-    assert cli._read_labels(f"@{tmp_path / 'labels.txt'}") == ["a cat", "dog, wild"]
-    assert cli._read_labels("a, b,,c") == ["a", "b", "c"]
+    assert models._read_labels(f"@{tmp_path / 'labels.txt'}") == ["a cat", "dog, wild"]
+    assert models._read_labels("a, b,,c") == ["a", "b", "c"]
     with pytest.raises(ConfigError, match="none"):
-        cli._read_labels("@none")
+        models._read_labels("@none")
 
 
 def test_an_albef_checkpoint_goes_in_and_out(run: Run, tmp_path: Path) -> None:
@@ -182,17 +244,17 @@ def test_an_albef_checkpoint_goes_in_and_out(run: Run, tmp_path: Path) -> None:
     tensors = published()
     file = write(tensors, tmp_path / "ALBEF.pth")
     refused = run("import", file, tmp_path / "model")
-    assert refused.returncode == 2
-    assert "name the folder of a local bert-base-uncased" in refused.stderr
-    assert len(refused.stderr.splitlines()) == 1
+    assert refused.code == 2
+    assert "name the folder of a local bert-base-uncased" in refused.err
+    assert len(refused.err.splitlines()) == 1
     words = bert_folder(tmp_path / "bert", SMALL.vocab)
     done = run("import", file, tmp_path / "model", "--tokenizer", words)
-    assert done.returncode == 0, done.stderr
-    assert run("export", tmp_path / "model", tmp_path / "again.pth").returncode == 0
+    assert done.code == 0, done.err
+    assert run("export", tmp_path / "model", tmp_path / "again.pth").code == 0
     assert_same(read_back(tmp_path / "again.pth"), tensors)
     refused = run("export", tmp_path / "model", tmp_path / "x", "--to", "onnx")
-    assert refused.returncode == 2
-    assert "'onnx'" in refused.stderr
+    assert refused.code == 2
+    assert "'onnx'" in refused.err
 
 
 def test_reranking_that_cannot_be_meant_is_refused(
@@ -206,6 +268,6 @@ def test_reranking_that_cannot_be_meant_is_refused(
         (["--rerank", 5, "--tasks", "zeroshot"], "add it to --tasks"),
     ):
         refused = run("evaluate", model_dir, "--data", tmp_path / "shards", *options)
-        assert refused.returncode == 2
-        assert reason in refused.stderr
-        assert len(refused.stderr.splitlines()) == 1
+        assert refused.code == 2
+        assert reason in refused.err
+        assert len(refused.err.splitlines()) == 1

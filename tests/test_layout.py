@@ -33,15 +33,16 @@ def imports(file: Path) -> set[str]:
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
 def test_imports_follow_the_arrows(file: Path) -> None:
     package = file.relative_to(ROOT).parts[0]
-    if file == ROOT / "clipserve" / "cli.py":
+    if file.parent == ROOT / "clipserve" / "cli":
         return  # imports the other three inside its subcommands; see the next test
     assert imports(file) & set(OURS) <= ALLOWED[package]
 
 
-def test_cli_imports_the_other_packages_only_inside_functions() -> None:
-    tree = ast.parse((ROOT / "clipserve" / "cli.py").read_text())
+@pytest.mark.parametrize("file", sorted((ROOT / "clipserve" / "cli").glob("*.py")))
+def test_cli_imports_the_other_packages_only_inside_functions(file: Path) -> None:
+    tree = ast.parse(file.read_text())
     top = [node.module for node in tree.body if isinstance(node, ast.ImportFrom)]
-    assert {(name or "").split(".")[0] for name in top} & set(OURS) == {"clipserve"}
+    assert {(name or "").split(".")[0] for name in top} & set(OURS) <= {"clipserve"}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))

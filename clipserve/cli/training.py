@@ -1,0 +1,86 @@
+"""Commands on runs: train, evaluate."""
+
+from pathlib import Path
+from typing import Annotated, get_args
+
+import typer
+
+from clipserve.cli.options import Device, Dtype, ModelDir, pick
+from clipserve.console import fail, log_to_stderr, print_json, print_line
+from clipserve.errors import ConfigError
+
+
+def train(
+    config: Annotated[Path | None, typer.Argument(metavar="CONFIG.toml")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[section.key=value ...]")
+    ] = None,
+    resume: Annotated[
+        str, typer.Option(help="auto: continue the run in `out`; no; or a checkpoint directory.")
+    ] = "auto",
+    help_config: Annotated[bool, typer.Option("--help-config", help="List every setting.")] = False,
+) -> None:
+    """Train a model. The config file may be left out when overrides say enough."""
+    from clipserve.config import describe_fields, load_config
+
+    if help_config:
+        for name, default, meaning in describe_fields():
+            print_line(f"{name} (default {default})\n    {meaning}")
+        return
+    given = list(overrides or [])
+    is_override = config is not None and "=" in str(config) and config.suffix != ".toml"
+    if is_override:
+        given, config = [str(config), *given], None
+    settings = load_config(config, given)
+    log_to_stderr()
+    from training.loop import train as run
+
+    result = run(settings, resume)
+    if result.stopped_by is not None:
+        saved = f"after step {result.step}, which is saved" if result.step else "before any step"
+        fail(
+            f"stopped by {result.stopped_by.name} {saved}; the same command goes on from there",
+            code=128 + result.stopped_by,
+        )
+    rates = "  ".join(
+        f"{key.removeprefix('val/')} {value:.1%}"
+        for key, value in result.metrics.items()
+        if key.endswith(("_r1", "_r10"))
+    )
+    speed = f"{result.samples_per_second:.0f} samples/s"
+    print_line(f"trained {result.step} steps in {result.seconds:.0f} s ({speed})  {rates}")
+    print_line(f"model: {result.best}")
+
+
+def evaluate(
+    model: ModelDir,
+    data: Annotated[Path, typer.Option(help="Shards to evaluate on.")],
+    tasks: Annotated[str, typer.Option(help="Comma-separated: retrieval, zeroshot.")] = "retrieval",
+    label_field: Annotated[
+        str, typer.Option(help="zeroshot: the JSON field with the class; `caption` for the text.")
+    ] = "caption",
+    templates: Annotated[str, typer.Option(help="zeroshot: template set or file.")] = "none",
+    rerank: Annotated[
+        int, typer.Option(min=0, help="retrieval: candidates that ALBEF's matching orders again.")
+    ] = 0,
+    rerank_score: Annotated[
+        str, typer.Option(help="matching, matching+cosine, or matching+contrastive.")
+    ] = "matching",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Measure a model on shards; prints JSON, rates as fractions of one."""
+    from clipserve.checkpoint import load
+    from clipserve.config import RerankScore
+    from clipserve.shards import ShardSet
+    from training.evaluate.report import evaluate as run
+
+    wanted = [task.strip() for task in tasks.split(",") if task.strip()]
+    if rerank and "retrieval" not in wanted:
+        raise ConfigError("--rerank is for the task retrieval; add it to --tasks")
+    score = pick(rerank_score, get_args(RerankScore), "--rerank-score")
+    if score != "matching" and not rerank:
+        raise ConfigError("--rerank-score needs --rerank K, the number of candidates")
+    shards = ShardSet.open(data)
+    loaded = load(model, device, dtype)
+    print_json(run(loaded, shards, wanted, label_field, templates, rerank, score))
