@@ -2,7 +2,9 @@
 
 A backend proposes rows by approximate scores; each is scored again from its stored vector, and the
 search goes farther while a row that was not proposed could still be as good as the last of the
-best. Start at `best`.
+best. An approximate index cannot say so; how far it is searched was tuned with filters that have
+nothing to do with the query. Where a filter leaves out what is near, that is not far enough, so a
+filtered search goes on until going farther finds nothing better. Start at `best`.
 
 Legend: Q queries, C candidates of each, E embedding, N rows of the base, n rows.
 """
@@ -72,18 +74,22 @@ class _Candidates(NamedTuple):
     """(Q, C) float32; -inf for none, and for those that are not among the best for certain"""
     limits: np.ndarray
     """(Q,) that no row passed over can exceed, as far as its backend knows; -inf for none"""
+    is_partial: bool = False
+    """only some lists of an approximate index were searched, for rows that a filter chose"""
 
 
 def best(view: View, chosen: Selection, queries: np.ndarray, count: int, ids_of: Ids) -> Ranked:
     """The `count` chosen rows, or all of them, of the largest exact scores; equal ones by id.
 
     queries (Q, E) float64 of unit length. Looks again, farther, for the queries where too few
-    candidates were found, or where one passed over could be as good as the last of the best.
+    candidates were found, where one passed over could be as good as the last of the best, or where
+    a filtered search of an approximate index found better ones than before.
     """
     count = min(count, len(chosen))
     if not count:
         return Ranked(np.empty((len(queries), 0), np.int64), np.empty((len(queries), 0), "f4"))
-    found, settled = _settle(view, chosen, queries, count, 1)
+    never = np.full(len(queries), -np.inf, np.float32)
+    found, last, settled = _settle(view, chosen, queries, count, 1, never)
     if settled.all():
         return _order(found.rowids, found.scores, count, ids_of)
     ranked = Ranked(
@@ -94,20 +100,32 @@ def best(view: View, chosen: Selection, queries: np.ndarray, count: int, ids_of:
         if settled.any():
             some = _order(found.rowids[settled], found.scores[settled], count, ids_of)
             ranked.rowids[rows[settled]], ranked.scores[rows[settled]] = some
-        rows = rows[~settled]
+        rows, last = rows[~settled], last[~settled]
         if not len(rows):
             return ranked
         widening *= _FARTHER
-        found, settled = _settle(view, chosen, queries[rows], count, widening)
+        found, last, settled = _settle(view, chosen, queries[rows], count, widening, last)
 
 
 def _settle(
-    view: View, chosen: Selection, queries: np.ndarray, count: int, widening: int
-) -> tuple[_Candidates, np.ndarray]:
-    """Candidates, and for which queries (Q,) the best are certainly, or as tuned, among them."""
+    view: View,
+    chosen: Selection,
+    queries: np.ndarray,
+    count: int,
+    widening: int,
+    before: np.ndarray,
+) -> tuple[_Candidates, np.ndarray, np.ndarray]:
+    """Candidates, the score (Q,) of the last of the best, and which queries (Q,) are done.
+
+    Those of which the best are certainly, or as tuned, among the candidates; where neither is known
+    those of which the last is no better than it was `before` (Q,).
+    """
     found = _candidates(view, chosen, queries, count, widening)
     last = _kth(found.scores, count)
-    return found, (last > found.limits) & (last > -np.inf)
+    settled = (last > found.limits) & (last > -np.inf)
+    if found.is_partial:
+        settled &= last <= before
+    return found, last, settled
 
 
 def distinct(
@@ -173,9 +191,9 @@ def _candidates(
     queries32 = queries.astype(np.float32)
     base, fresh = view.base, view.fresh
     if base is not None and chosen.base.count:
-        places, limits = _search_base(base, chosen.base, queries32, count, widening)
+        places, limits, is_partial = _search_base(base, chosen.base, queries32, count, widening)
         scores = _score(base.take, places, queries, queries32, count)
-        parts.append(_Candidates(base.rowids[places], scores, limits))
+        parts.append(_Candidates(base.rowids[places], scores, limits, is_partial))
     if chosen.num_fresh:
         fetch = min(overfetch(count) * widening, chosen.num_fresh)
         found, rowids = fresh.search(queries32, fetch, 1, chosen.fresh)
@@ -190,13 +208,14 @@ def _candidates(
         np.concatenate([part.rowids for part in parts], axis=1),
         np.concatenate([part.scores for part in parts], axis=1),
         np.maximum(parts[0].limits, parts[1].limits),
+        parts[0].is_partial,
     )
 
 
 def _search_base(
     base: Base, rows: Rows, queries: np.ndarray, count: int, widening: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Places (Q, C) of candidates among the chosen rows, or -1, and limits (Q,)."""
+) -> tuple[np.ndarray, np.ndarray, bool]:
+    """Places (Q, C) of candidates among the chosen rows, or -1, limits (Q,), and `is_partial`."""
     backend, size = base.backend, len(base)
     is_exact = math.isfinite(backend.error)
     breadth, fetch = base.plan(count, rows.count / size)
@@ -204,7 +223,7 @@ def _search_base(
     is_mostly = rows.count >= _MOSTLY * size
     is_narrow = rows.count <= SCAN_ROWS and not is_mostly
     if is_narrow or fetch >= rows.count or fetch > _FARTHEST:
-        return _scan(base, rows, queries, count), np.full(len(queries), -np.inf)
+        return _scan(base, rows, queries, count), np.full(len(queries), -np.inf), False
     if rows.mask is not None and is_mostly and widening == 1:
         # Few are dead: to meet them costs less than a selector that every row is looked up in.
         asked = math.ceil(fetch * size / rows.count)
@@ -218,10 +237,11 @@ def _search_base(
         is_cut = places[:, -1] >= 0
         is_starved = None
     if is_exact:
-        return places, np.where(is_cut, scores[:, -1] + backend.error, -np.inf)
-    if is_starved is None:
-        return places, np.full(len(queries), -np.inf)
-    return places, np.where(is_starved, np.inf, -np.inf)
+        return places, np.where(is_cut, scores[:, -1] + backend.error, -np.inf), False
+    if is_starved is not None:
+        return places, np.where(is_starved, np.inf, -np.inf), False
+    is_partial = not is_mostly and breadth < backend.max_breadth
+    return places, np.full(len(queries), -np.inf), is_partial
 
 
 def _scan(base: Base, rows: Rows, queries: np.ndarray, count: int) -> np.ndarray:

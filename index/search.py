@@ -172,9 +172,10 @@ class Searcher:
         )
         queries = self._check_queries(vectors)
         self._take_new_index()
-        if filter is None:
+        if filter is None and not wanted.exclude:
             # No lock and no snapshot: a row never changes, so all that can happen to the newest
             # view while it is searched is that a hit of it is deleted, and then it is not found.
+            # (An id that is left out is looked up, and could be another row's by then.)
             with contextlib.suppress(_GoneError):
                 return self._answer(self._newest(), None, queries, wanted)
         with self._pinned() as view:

@@ -172,7 +172,7 @@ class Base:
             newest = self._masks.get(filter, known)
             self._masks[filter] = max(known, newest, key=lambda one: one.generation)
             self._masks.move_to_end(filter)
-            while len(self._masks) > max(1, min(_MASKS_KEPT, _MASK_BYTES // len(self))):
+            while len(self._masks) > max(1, min(_MASKS_KEPT, _MASK_BYTES // max(1, len(self)))):
                 self._masks.popitem(last=False)
         return known.rows
 

@@ -338,7 +338,7 @@ def test_an_index_that_no_gpu_takes_stays_on_the_cpu_with_a_warning(
 def test_making_a_backend_repairs_batched_flat_search() -> None:
     faiss.cvar.distance_compute_blas_threshold = 128000
     FaissBackend(filled("Flat", unit(3)))
-    assert faiss.cvar.distance_compute_blas_threshold == 20
+    assert faiss.cvar.distance_compute_blas_threshold == 2048
 
 
 def test_a_device_that_is_not_there_is_refused() -> None:

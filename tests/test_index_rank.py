@@ -153,6 +153,44 @@ def test_an_index_that_comes_back_short_is_searched_farther_until_all_are_compar
     assert [breadth for _, breadth, _ in backend.calls] == [8, 32, 64]
 
 
+def test_where_a_filter_leaves_out_what_is_near_the_search_goes_on_while_it_gains() -> None:
+    class Lists(Passing):
+        """Looks at `breadth` rows by their nearness, and only then at the mask."""
+
+        max_breadth = 10_000
+        stray: int | None = None
+        """a far row that is found among the near ones"""
+
+        def search(
+            self, queries: np.ndarray, k: int, breadth: int, mask: np.ndarray | None = None
+        ) -> tuple[np.ndarray, np.ndarray]:
+            self.calls.append((k, breadth, mask is not None))
+            labels = np.argsort(-(queries @ self.vectors.T), axis=1)[:, :breadth]
+            if self.stray is not None and breadth < 100:
+                labels = np.append(labels[:, :-1], [[self.stray]], axis=1)
+            scores = np.take_along_axis(queries @ self.vectors.T, labels, axis=1)
+            if mask is not None:
+                labels[~mask[labels]] = -1
+            scores[labels < 0] = -np.inf
+            order = np.argsort(-scores, axis=1)[:, :k]
+            return np.take_along_axis(scores, order, 1), np.take_along_axis(labels, order, 1)
+
+    vectors = unit(COUNT)
+    query = unit(1, seed=3).astype(np.float64)
+    near = np.argsort(-(vectors @ query[0]))
+    backend = Lists(vectors)
+    check(make_tuned(backend, near[-100:].tolist()), query, 5)
+    assert [breadth for _, breadth, _ in backend.calls] == [8, 32]  # as good at once
+    backend = Lists(vectors)
+    backend.stray = int(near[-1])
+    check(make_tuned(backend, near[4:28].tolist()), query, 5)  # four, a stray, and then the fifth
+    assert [breadth for _, breadth, _ in backend.calls] == [8, 32, 128]
+    backend.max_breadth = 32
+    backend.calls.clear()
+    check(make_tuned(backend, near[4:28].tolist()), query, 5)
+    assert [breadth for _, breadth, _ in backend.calls] == [8, 32]  # there is no more
+
+
 def test_of_equal_rows_the_lowest_ids_are_taken_wherever_the_cut_falls() -> None:
     vectors = np.repeat(unit(20), 20, axis=0)
     for count in (1, 7, 20, 33):

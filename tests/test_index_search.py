@@ -3,7 +3,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -492,6 +492,38 @@ def test_recall_is_kept_at_every_selectivity(
         assert truth.recall(searcher, queries, 10, below) >= 0.95
 
 
+@pytest.mark.parametrize("kind", ["IVF64,SQ8", "hnsw"])
+def test_recall_is_kept_where_a_filter_leaves_out_what_is_near(
+    truth: Truth, open_searcher: Opener, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Queries of some clusters, for a category that has but strays there."""
+    monkeypatch.setattr(rank, "SCAN_ROWS", 20)
+    random = np.random.default_rng(0)
+    clusters = random.integers(0, 40, 4000)
+    vectors = unit(40, seed=1)[clusters] + 0.1 * random.standard_normal((4000, DIM))
+    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+    is_wanted = (clusters < 10) | (random.random(4000) < 0.004)
+    order = np.argsort(~is_wanted, kind="stable")  # their number is what is filtered by
+    for start in range(0, 4000, 1000):
+        rows = order[start : start + 1000]
+        wanted, others = rows[is_wanted[rows]], rows[~is_wanted[rows]]
+        for block, number in ((wanted, 0), (others, 1)):
+            write_numbered(truth, block, vectors[block], number)
+    away = np.flatnonzero(clusters >= 10)[:300]
+    build(truth.collection, kind=kind, queries=vectors[away])
+    queries = vectors[away[::6]] + 0.02 * unit(50, seed=5)
+    queries /= np.linalg.norm(queries, axis=1, keepdims=True)
+    assert truth.recall(open_searcher(), queries, 10, 1) >= 0.95
+
+
+def write_numbered(truth: Truth, rows: np.ndarray, vectors: np.ndarray, number: int) -> None:
+    ids = [f"{row}" for row in rows.tolist()]
+    if ids:
+        truth.collection.upsert([Item(id, metadata={"n": number}) for id in ids], vectors)
+    truth.vectors |= dict(zip(ids, vectors, strict=True))
+    truth.numbers |= dict.fromkeys(ids, number)
+
+
 def test_few_matching_rows_are_scanned_and_no_index_is_asked(
     truth: Truth, open_searcher: Opener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -582,6 +614,24 @@ def test_excluded_items_make_room_for_the_next(truth: Truth, open_searcher: Open
     for k in (1, 4, 60, 100):
         assert searcher.search(unit(1, seed=3), k, exclude=exclude) == [expected[:k]]
     assert searcher.search(unit(1, seed=3), 9, exclude=exclude, offset=3) == [expected[3:12]]
+
+
+def test_an_excluded_item_that_is_replaced_meanwhile_stays_out(
+    truth: Truth, open_searcher: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    truth.upsert([f"{i}" for i in range(100)], unit(100))
+    build(truth.collection, kind="exact")
+    searcher = open_searcher()
+    searcher.search(unit(1), 1, with_items=False)  # from here on it knows the ids of the index
+    rowids_of = searcher.collection.rowids_of
+
+    def replace_then_look(ids: Sequence[str]) -> dict[str, int]:
+        truth.upsert(["5"], unit(100)[5:6])
+        return rowids_of(ids)
+
+    monkeypatch.setattr(searcher.collection, "rowids_of", replace_then_look)
+    (hits,) = searcher.search(unit(100)[5:6], 3, exclude=["5"], with_items=False)
+    assert "5" not in [hit.id for hit in hits]
 
 
 def greedy(truth: Truth, query: np.ndarray, k: int, least: float) -> list[str]:

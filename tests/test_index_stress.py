@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from index import maintain
+from index import maintain, rank
+from index.backends.faiss_cpu import FaissBackend
 from index.collection import Collection
 from index.filters import parse
 from index.items import Item
@@ -144,6 +145,22 @@ def test_searches_are_right_while_one_writes_and_rebuilds_swap(
 ) -> None:
     """Sixteen threads, on two searchers; one of them has its index rebuilt all the time."""
     monkeypatch.setattr(maintain, "_PATIENCE_S", 60.0)
+    monkeypatch.setattr(rank, "SCAN_ROWS", 50)  # so that filtered searches ask the index
+    search = FaissBackend.search
+    filtered = []
+
+    def search_and_count(
+        backend: FaissBackend,
+        queries: np.ndarray,
+        k: int,
+        breadth: int,
+        mask: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        if mask is not None:
+            filtered.append(int(np.count_nonzero(mask)))
+        return search(backend, queries, k, breadth, mask)
+
+    monkeypatch.setattr(FaissBackend, "search", search_and_count)
     log = Log()
     end = time.monotonic() + seconds
     with (
@@ -165,3 +182,4 @@ def test_searches_are_right_while_one_writes_and_rebuilds_swap(
     assert len(log.indexes) > 1
     assert writes > 20
     assert log.num_searches > 100
+    assert len(filtered) > 10

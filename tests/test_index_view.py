@@ -188,6 +188,18 @@ def test_few_filters_are_remembered(
     assert columns.asked.count(100) == 5  # the first one again
 
 
+def test_an_index_of_nothing_has_nothing_that_matches(tmp_path: Path) -> None:
+    path = tmp_path / "empty"
+    with Collection.create(path, fingerprint="a" * 64, model_name="t", embed_dim=DIM) as made:
+        build(made)
+        view = load(made)
+        assert len(base(view)) == 0
+        odd = parse({"n": {"in": [1, 3]}})
+        assert len(view.select(odd, Columns(made))) == 0
+        write(made, range(4))
+        assert len(advance(view, made).select(odd, Columns(made))) == 2
+
+
 def test_without_an_index_all_vectors_go_to_the_gpu_if_they_have_room(
     collection: Collection, monkeypatch: pytest.MonkeyPatch
 ) -> None:

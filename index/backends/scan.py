@@ -14,6 +14,9 @@ import numpy as np
 
 from index.collection import BLOCK_ROWS
 
+_FEW = 0.25
+"""of a block's rows: where fewer are wanted, to copy them costs less than to compare all"""
+
 
 def float32_error(embed_dim: int) -> float:
     """How far a float32 inner product of two vectors of about unit length may be off.
@@ -70,13 +73,19 @@ class _Block:
         self, queries: np.ndarray, k: int, mask: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray]:
         """The largest k, in no order; all if there are fewer. mask is of the live rows."""
-        rows = self.live if mask is None else self.live[mask]
-        every = len(rows) == len(self.alive)
-        vectors = self.vectors[: len(rows)] if every else self.vectors[rows]
-        scores, rowids = queries @ vectors.T, self.rowids[rows]  # (Q, n), (n,)
-        if k >= len(rows):
+        rows, size = self.live if mask is None else self.live[mask], len(self.alive)
+        k = min(k, len(rows))
+        if len(rows) < _FEW * size:
+            scores, rowids = queries @ self.vectors[rows].T, self.rowids[rows]  # (Q, n), (n,)
+        else:
+            scores, rowids = queries @ self.vectors[:size].T, self.rowids[:size]
+            if len(rows) < size:
+                unwanted = np.ones(size, dtype=bool)
+                unwanted[rows] = False
+                scores[:, unwanted] = -np.inf
+        if k == len(rowids):
             return scores, np.broadcast_to(rowids, scores.shape)
-        top = np.argpartition(scores, len(rows) - k, axis=1)[:, len(rows) - k :]  # (Q, k)
+        top = np.argpartition(scores, len(rowids) - k, axis=1)[:, len(rowids) - k :]  # (Q, k)
         return np.take_along_axis(scores, top, axis=1), rowids[top]
 
 
