@@ -2,7 +2,7 @@
 
 The vectors are copied out of one snapshot of the collection into a file, from which everything else
 is made a block at a time: the memory it takes is the index, a sample to train on, and some blocks.
-Start at `build`; what is on disk afterwards is in `cache.py`.
+Start at `build` and `rebuild`; what is on disk afterwards is in `cache.py`.
 
 Legend: N vectors, E embedding, Q queries.
 """
@@ -19,13 +19,13 @@ import numpy as np
 
 from clipserve.errors import ConfigError
 from index.backends.faiss_cpu import is_ivf, set_blas_threshold
-from index.cache import Writer, read_info
+from index.cache import Writer, read_info, read_queries
 from index.choose import EXACT_LIMIT, choose
 from index.collection import Collection, directory_lock
-from index.info import IndexInfo
+from index.info import Asked, IndexInfo
 from index.tune import MAX_QUERIES, NUM_QUERIES, blocks, gather, noisy_copies, tune
 
-__all__ = ["EXACT_LIMIT", "RECALL_TARGET", "IndexInfo", "build", "read_info"]
+__all__ = ["EXACT_LIMIT", "RECALL_TARGET", "IndexInfo", "build", "read_info", "rebuild"]
 
 logger = logging.getLogger(__name__)
 faiss: Any = untyped_faiss  # its stubs lack half of what is used here
@@ -63,19 +63,64 @@ def build(
     """
     if queries is not None:
         queries = _check_queries(queries, collection.embed_dim)
-    with (
-        directory_lock(collection.path, ".index.lock", wait=False),
-        _threads(threads),
-        Writer(collection.path, field, collection.embed_dim, collection.dtype) as writer,
-    ):
+    asked = Asked(kind=kind, exact_limit=exact_limit, memory_bytes=memory_bytes)
+    with directory_lock(collection.path, ".index.lock", wait=False), _threads(threads):
+        return _build(collection, field, asked, recall_target, queries)
+
+
+def rebuild(
+    collection: Collection,
+    *,
+    kind: str | None = None,
+    field: str = "image",
+    queries: np.ndarray | None = None,
+    recall_target: float | None = None,
+    memory_bytes: int | None = None,
+    threads: int | None = None,
+) -> IndexInfo:
+    """Build the index anew as the one in place was asked for, from what is stored now.
+
+    What is given takes the place of what was asked then; otherwise as `build`.
+    """
+    if queries is not None:
+        queries = _check_queries(queries, collection.embed_dim)
+    with directory_lock(collection.path, ".index.lock", wait=False), _threads(threads):
+        # Read under the lock: what another process asked for a moment ago must not be undone.
+        before = read_info(collection.path, field)
+        if before and before.fingerprint != collection.fingerprint:
+            before = None
+        asked = Asked(kind="auto", exact_limit=EXACT_LIMIT, memory_bytes=None)
+        if before:
+            asked = before.asked or asked
+            if queries is None:
+                queries = read_queries(collection.path, before)
+            if recall_target is None:
+                recall_target = before.recall_target
+        if kind is not None:
+            asked["kind"] = kind
+        if memory_bytes is not None:
+            asked["memory_bytes"] = memory_bytes
+        target = RECALL_TARGET if recall_target is None else recall_target
+        return _build(collection, field, asked, target, queries)
+
+
+def _build(
+    collection: Collection,
+    field: str,
+    asked: Asked,
+    recall_target: float,
+    queries: np.ndarray | None,
+) -> IndexInfo:
+    """With the lock held."""
+    with Writer(collection.path, field, collection.embed_dim, collection.dtype) as writer:
         started = time.monotonic()
         with collection.snapshot() as generation:
             choice = choose(
-                kind,
+                asked["kind"],
                 len(collection.rowids(field)),
                 collection.embed_dim,
-                exact_limit=exact_limit,
-                memory_bytes=memory_bytes,
+                exact_limit=asked["exact_limit"],
+                memory_bytes=asked["memory_bytes"],
             )
             for rowids, vectors in collection.vector_blocks(field=field):
                 writer.append(rowids, vectors)
@@ -96,6 +141,7 @@ def build(
             seconds=0.0,
             memory_bytes=choice.memory_bytes,
             recall_target=recall_target,
+            asked=asked,
         )
         index = None
         if choice.kind != "exact":
@@ -103,7 +149,7 @@ def build(
             index = _fill(choice.kind, vectors, random)
             info = _tune(info, index, vectors, queries, texts, random)
         info = dataclasses.replace(info, seconds=round(time.monotonic() - started, 3))
-        info = writer.commit(info, index)
+        info = writer.commit(info, index, queries)
     logger.info("%s index of %s: %s, %s", field, collection.path, info.kind, info.reason)
     return info
 

@@ -1,13 +1,13 @@
 """The index of one field on disk: what it is, FAISS's part of it, the vectors, their row numbers.
 
-`DIR/indexes/<field>/index.json` (`info.py`) names three files with their sizes and sha256: `.faiss`
+`DIR/indexes/<field>/index.json` (`info.py`) names its files with their sizes and sha256: `.faiss`
 (none for an exact index), `.vectors` (N rows in the collection's dtype, little-endian, mapped into
-memory) and `.rows` (N int64, ascending). All are written aside, flushed and renamed, index.json
-last; a reader keeps the files it has open when others take their place. It is a cache: whatever is
-damaged or does not fit is ignored, with a warning, and can be built again. Start at `read` and
-`Writer`.
+memory), `.rows` (N int64, ascending), and `.queries` (Q float32 rows) if some were given to tune
+it with. All are written aside, flushed and renamed, index.json last; a reader keeps the files it
+has open when others take their place. It is a cache: whatever is damaged or does not fit is
+ignored, with a warning, and can be built again. Start at `read` and `Writer`.
 
-Legend: N vectors, E embedding.
+Legend: N vectors, E embedding, Q queries.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ faiss: Any = untyped_faiss  # its stubs lack half of what is used here
 FORMAT_VERSION = 2
 INFO_FILE = "index.json"
 
-_KINDS = ("faiss", "vectors", "rows")
+_KINDS = ("faiss", "vectors", "rows", "queries")
 _READ_ATTEMPTS = 3
 
 
@@ -91,6 +91,23 @@ def read_info(path: Path, field: str = "image") -> IndexInfo | None:
     except (OSError, ValueError) as error:
         file = folder(path, field) / INFO_FILE
         logger.warning("%s is ignored: %s; build the index again", file, error)
+        return None
+
+
+def read_queries(path: Path, info: IndexInfo) -> np.ndarray | None:
+    """Those (Q, E) given to tune the index with; None if none were, or, with a warning, if damaged.
+
+    Hold the lock of the indexes, or they may be gone.
+    """
+    if "queries" not in info.files:
+        return None
+    file = info.files["queries"]
+    try:
+        _verify(folder(path, info.field), file)
+        queries = np.fromfile(folder(path, info.field) / file["name"], "<f4")
+        return queries.astype(np.float32, copy=False).reshape(-1, info.embed_dim)
+    except (OSError, ValueError) as error:
+        logger.warning("the queries that tuned the index of %s are not used: %s", path, error)
         return None
 
 
@@ -148,9 +165,16 @@ class Writer:
         shape = (len(rowids), *self._shape_of_row)
         return _map(self._temporary("vectors"), self._dtype, shape), rowids
 
-    def commit(self, info: IndexInfo, index: Any | None) -> IndexInfo:
-        """Write the index, rename everything into place; returns `info` with its files."""
+    def commit(
+        self, info: IndexInfo, index: Any | None, queries: np.ndarray | None = None
+    ) -> IndexInfo:
+        """Write the index, and the queries (Q, E) given to tune it with, and rename everything
+        into place; returns `info` with its files."""
         with _write_errors(self._folder):
+            if queries is not None:
+                file = self._start("queries")
+                file.write(np.ascontiguousarray(queries, dtype="<f4").data)
+                self._digests["queries"] = file.finish()
             if index is not None:
                 # Through a Python file, because FAISS's own writer neither flushes to disk nor
                 # reports that a small file met a full disk.

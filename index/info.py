@@ -31,6 +31,15 @@ class Point(TypedDict):
     """milliseconds a query, many at once"""
 
 
+class Asked(TypedDict):
+    """What decided the kind of index, as `choose` takes it."""
+
+    kind: str
+    exact_limit: int
+    memory_bytes: int | None
+    """None if none were given"""
+
+
 @dataclass(frozen=True)
 class IndexInfo:
     """What an index is, why, and what it was measured to find."""
@@ -60,13 +69,15 @@ class IndexInfo:
     queries: str = ""
     """what it was tuned with"""
     recall_target: float = 1.0
+    asked: Asked | None = None
+    """for an index to be built anew in the same way; None if it was not kept"""
     tuned: dict[int, Point] = dataclasses.field(default_factory=dict)
     """k -> the cheapest setting that reaches the target, or the best there is"""
     filtered: dict[float, float] = dataclasses.field(default_factory=dict)
     """fraction of the vectors that a filter lets through -> how much more breadth it takes"""
     curve: list[Point] = dataclasses.field(default_factory=list)
     files: dict[str, File] = dataclasses.field(default_factory=dict)
-    """ "faiss", "vectors", "rows" """
+    """ "faiss", "vectors", "rows", "queries" """
 
     @property
     def size_bytes(self) -> int:

@@ -11,7 +11,7 @@ from typing import Self
 import numpy as np
 
 from clipserve.errors import ClipserveError
-from index.build import build
+from index.build import rebuild
 from index.collection import Collection
 from index.search import Searcher
 
@@ -25,9 +25,11 @@ class Maintainer:
     """One thread that looks after the index of a searcher. A context manager that ends it.
 
     An index is due when the vectors that a search goes through beside it, fresh or dead, are more
-    than `min_rows` and than `rebuild_fraction` of it. `kind` and `queries` are `build`'s. Errors
-    are logged and searches go on with the index there is; after one the next attempt waits
-    `retry_s`. Without `notify` it looks every `poll_s`.
+    than `min_rows` and than `rebuild_fraction` of it; or the fresh ones, each of which every search
+    compares, more than `max_fresh`. It is built as the one before was asked for, unless `kind`,
+    `queries`, `recall_target` or `memory_bytes`, which are `build`'s, say otherwise. Errors are
+    logged and searches go on with the index there is; after one the next attempt waits `retry_s`.
+    Without `notify` it looks every `poll_s`.
     """
 
     def __init__(
@@ -36,8 +38,11 @@ class Maintainer:
         *,
         rebuild_fraction: float = 0.1,
         min_rows: int = 10_000,
-        kind: str = "auto",
+        max_fresh: int = 50_000,
+        kind: str | None = None,
         queries: np.ndarray | None = None,
+        recall_target: float | None = None,
+        memory_bytes: int | None = None,
         threads: int | None = None,
         poll_s: float = 60.0,
         retry_s: float = 60.0,
@@ -45,8 +50,11 @@ class Maintainer:
         self._searcher = searcher
         self._fraction = rebuild_fraction
         self._min_rows = min_rows
+        self._max_fresh = max_fresh
         self._kind = kind
         self._queries = queries
+        self._recall_target = recall_target
+        self._memory_bytes = memory_bytes
         self._threads = threads or max(1, (os.cpu_count() or 1) // 2)
         self._poll_s = poll_s
         self._retry_s = retry_s
@@ -81,7 +89,8 @@ class Maintainer:
     def is_due(self) -> bool:
         """Whether so much is searched beside the index that a new one is worth building."""
         stats = self._searcher.stats()
-        return stats.fresh + stats.dead > max(self._min_rows, self._fraction * stats.indexed)
+        worth_it = max(self._min_rows, self._fraction * stats.indexed)
+        return stats.fresh > self._max_fresh or stats.fresh + stats.dead > worth_it
 
     def rebuild(self) -> None:
         """Build the index and have the searcher take it, here and now."""
@@ -90,11 +99,13 @@ class Maintainer:
     def _build(self) -> bool:
         # A connection of its own: the searcher's may be closed before a long build ends.
         with Collection.open(self._searcher.collection.path) as collection:
-            build(
+            rebuild(
                 collection,
                 kind=self._kind,
                 field=self._searcher.field,
                 queries=self._queries,
+                recall_target=self._recall_target,
+                memory_bytes=self._memory_bytes,
                 threads=self._threads,
             )
         return not self._closing.is_set()

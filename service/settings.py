@@ -34,7 +34,8 @@ class Settings(BaseSettings):
     read_only: bool = False
     """refuse to change collections over REST"""
     rebuild_indexes: bool = True
-    """build a collection's index anew, in the background, when a tenth of it was written since"""
+    """build a collection's index anew, in the background, when a tenth of it, or 50,000 vectors,
+    were written since"""
 
     max_body_bytes: Count = 64 * 2**20
     """largest request body"""

@@ -6,6 +6,7 @@ import sys
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
@@ -17,11 +18,12 @@ from index import build as build_module
 from index import tune
 from index.backends.faiss_cpu import FaissBackend
 from index.build import read_info
-from index.cache import folder, read
+from index.cache import folder, read, read_queries
 from index.collection import Collection, Item, directory_lock
 from index.info import IndexInfo
 
 build = functools.partial(build_module.build, threads=1)
+rebuild = functools.partial(build_module.rebuild, threads=1)
 
 
 @pytest.fixture(autouse=True)
@@ -155,6 +157,69 @@ def test_it_is_tuned_with_the_texts_of_the_collection(tmp_path: Path) -> None:
         assert info.queries == "256 noisy copies of stored vectors"
         assert read_info(made.path, "text") == info
         assert read_info(made.path, "image") != info
+
+
+def test_a_rebuild_decides_as_it_was_asked_to(collection: Collection) -> None:
+    queries = clustered(300, seed=1)
+    first = build(collection, exact_limit=1000, queries=queries, recall_target=0.9)
+    assert first.asked == {"kind": "auto", "exact_limit": 1000, "memory_bytes": None}
+    again = rebuild(collection)
+    assert (again.kind, again.recall_target) == (first.kind, 0.9)
+    assert (again.queries, again.asked) == (first.queries, first.asked)
+    assert again.files["queries"]["sha256"] == first.files["queries"]["sha256"]
+    collection.delete([f"{i:04d}" for i in range(1200)])
+    fewer = rebuild(collection)
+    assert (fewer.kind, fewer.count) == ("exact", 800)  # what was asked is "auto"
+    assert read_queries(collection.path, fewer) is not None  # for when it is large again
+    assert files(collection) == names(fewer)
+
+
+def test_a_rebuild_stays_within_the_memory_that_was_allowed(collection: Collection) -> None:
+    small = build(collection, exact_limit=1000, memory_bytes=48_000)
+    assert small.kind == "IVF128,PQ4x4fs"
+    assert rebuild(collection).kind == small.kind
+    assert rebuild(collection, memory_bytes=10**7).kind == "IVF128,SQ8"
+
+
+def test_a_build_decides_anew_whatever_was_asked_before(collection: Collection) -> None:
+    build(collection, kind="IVF16,Flat", queries=clustered(300, seed=1), recall_target=0.9)
+    info = build(collection)
+    assert (info.kind, info.recall_target) == ("exact", 0.95)
+    assert "queries" not in info.files
+    assert files(collection) == names(info)
+
+
+def test_a_rebuild_of_what_was_never_built_or_of_another_model_is_a_build(
+    collection: Collection,
+) -> None:
+    assert rebuild(collection).kind == "exact"
+    file = folder(collection.path, "image") / "index.json"
+    build(collection, kind="IVF16,Flat", queries=clustered(300, seed=1))
+    collection.close()
+    text = file.read_text()
+    with Collection.create(
+        collection.path.parent / "other", fingerprint="b" * 64, model_name="t", embed_dim=16
+    ) as other:
+        other.upsert([Item("a")], clustered(1))
+        folder(other.path, "image").mkdir(parents=True)
+        (folder(other.path, "image") / "index.json").write_text(text)
+        info = rebuild(other)
+    assert (info.kind, set(info.files)) == ("exact", {"vectors", "rows"})
+
+
+def test_a_rebuild_asks_as_the_index_in_place_when_it_has_the_lock(
+    collection: Collection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(collection, kind="exact")
+    original = build_module.directory_lock
+
+    def overtaken(*arguments: Any, **options: Any) -> Any:
+        monkeypatch.setattr(build_module, "directory_lock", original)
+        build(collection, kind="IVF16,Flat")
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(build_module, "directory_lock", overtaken)
+    assert rebuild(collection).kind == "IVF16,Flat"
 
 
 def test_old_files_go_when_the_new_ones_are_in_place(collection: Collection) -> None:

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import logging
 import shutil
@@ -10,7 +11,7 @@ import pytest
 
 from clipserve.errors import IndexStoreError
 from index import cache as cache_module
-from index.cache import Cache, Writer, folder, read, read_info, stamp
+from index.cache import Cache, Writer, folder, read, read_info, read_queries, stamp
 from index.collection import Collection, Item
 from index.info import IndexInfo, Point
 
@@ -31,15 +32,18 @@ def collection(tmp_path: Path) -> Iterator[Collection]:
         yield made
 
 
+QUERIES = unit(5, seed=9)
+
+
 def put(collection: Collection, seed: int = 0, kind: str = "Flat") -> IndexInfo:
-    """An index of what is in the collection."""
+    """An index of what is in the collection, tuned with `QUERIES`."""
     with Writer(collection.path, "image", DIM, collection.dtype) as writer:
         for rowids, vectors in collection.vector_blocks():
             writer.append(rowids, vectors)
         vectors, rowids = writer.finish()
         index = faiss.index_factory(DIM, kind, faiss.METRIC_INNER_PRODUCT)
         index.add(np.asarray(vectors))
-        return writer.commit(described(collection, len(rowids), f"the {seed}th"), index)
+        return writer.commit(described(collection, len(rowids), f"the {seed}th"), index, QUERIES)
 
 
 def described(collection: Collection, count: int, reason: str = "") -> IndexInfo:
@@ -60,6 +64,7 @@ def described(collection: Collection, count: int, reason: str = "") -> IndexInfo
         tuned={10: point},
         filtered={0.5: 1.0, 0.1: 4.0},
         curve=[point],
+        asked={"kind": "auto", "exact_limit": 5, "memory_bytes": None},
     )
 
 
@@ -74,6 +79,9 @@ def test_what_was_written_is_read(collection: Collection) -> None:
     assert found.info == info == read_info(collection.path)
     assert np.array_equal(found.rowids, collection.rowids())
     assert np.array_equal(found.vectors, unit(50))
+    queries = read_queries(collection.path, info)
+    assert queries is not None
+    assert np.array_equal(queries, QUERIES)
     assert found.index.search(unit(1), 1)[1].tolist() == [[0]]
     assert info.size_bytes == sum(
         file.stat().st_size
@@ -117,7 +125,7 @@ def test_writing_into_vectors_that_were_read_changes_no_file(collection: Collect
     assert np.array_equal(again.vectors, unit(50))
 
 
-@pytest.mark.parametrize("kind", ["faiss", "vectors", "rows"])
+@pytest.mark.parametrize("kind", ["faiss", "vectors", "rows", "queries"])
 def test_one_flipped_bit_anywhere_is_noticed(
     collection: Collection, kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -135,6 +143,28 @@ def test_one_flipped_bit_anywhere_is_noticed(
     assert load(collection) is None
     file.write_bytes(whole)
     assert load(collection)
+
+
+def test_damaged_queries_are_not_tuned_with(
+    collection: Collection, caplog: pytest.LogCaptureFixture
+) -> None:
+    info = put(collection)
+    file = folder(collection.path, "image") / info.files["queries"]["name"]
+    file.write_bytes(bytes(file.stat().st_size))
+    assert read_queries(collection.path, info) is None
+    assert f"are not used: {file.name} is damaged" in caplog.text
+    file.unlink()
+    assert read_queries(collection.path, info) is None
+
+
+def test_a_description_from_before_it_kept_what_was_asked_is_read(collection: Collection) -> None:
+    info = put(collection)
+    file = folder(collection.path, "image") / "index.json"
+    stored = json.loads(file.read_text())
+    del stored["index"]["asked"]
+    stored["sha256"] = cache_module._digest(stored["index"])
+    file.write_text(json.dumps(stored))
+    assert read_info(collection.path) == dataclasses.replace(info, asked=None)
 
 
 def test_no_flipped_bit_in_the_description_changes_what_it_says(collection: Collection) -> None:

@@ -4,11 +4,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from test_index_search import Truth, unit
 
 from clipserve.errors import IndexStoreError
-from index import maintain
+from index import cache, maintain
 from index.build import build
 from index.collection import directory_lock
 from index.maintain import Maintainer
@@ -33,7 +34,7 @@ def searcher(truth: Truth) -> Iterator[Searcher]:
 
 
 class Built:
-    """Stands for `build` and tells when it was called, and when it is done."""
+    """Stands for `rebuild` and tells when it was called, and when it is done."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.how: list[dict[str, Any]] = []
@@ -41,7 +42,7 @@ class Built:
         self.fails = False
         self.may_go_on = threading.Event()
         self.may_go_on.set()
-        monkeypatch.setattr(maintain, "build", self)
+        monkeypatch.setattr(maintain, "rebuild", self)
 
     def __call__(self, collection: Any, **how: Any) -> None:
         self.how.append(how)
@@ -68,11 +69,69 @@ def test_an_index_is_due_when_enough_is_fresh_or_dead(
     assert maintainer.is_due() is is_due
 
 
+@pytest.mark.parametrize(("max_fresh", "is_due"), [(29, True), (30, False)])
+def test_an_index_is_due_when_too_many_are_fresh_for_every_search_to_compare(
+    truth: Truth, searcher: Searcher, max_fresh: int, is_due: bool
+) -> None:
+    maintainer = Maintainer(searcher, max_fresh=max_fresh)
+    truth.delete([f"{i}" for i in range(100)])
+    assert not maintainer.is_due()  # dead ones are passed over
+    truth.upsert([f"new-{i}" for i in range(30)], unit(30, seed=1))
+    assert maintainer.is_due() is is_due
+
+
+def test_by_default_fifty_thousand_fresh_are_too_many_of_any_index(
+    searcher: Searcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maintainer = Maintainer(searcher)
+    for fresh, is_due in ((50_000, False), (50_001, True)):
+        monkeypatch.setattr(searcher, "stats", lambda n=fresh: SearchStats(10_000_000, n, 0))
+        assert maintainer.is_due() is is_due
+
+
 def test_a_rebuild_is_taken_by_the_searcher(truth: Truth, searcher: Searcher) -> None:
     truth.upsert([f"{i}" for i in range(150, 300)], unit(150, seed=1))
     Maintainer(searcher).rebuild()
     assert searcher.stats() == SearchStats(300, 0, 0)
     truth.check(searcher, unit(3, seed=3), 10)
+
+
+def test_a_rebuild_makes_what_was_asked_for(truth: Truth, searcher: Searcher) -> None:
+    queries = unit(40, seed=7)
+    before = build(
+        truth.collection, kind="HNSW8,Flat", queries=queries, recall_target=0.9, memory_bytes=10**8
+    )
+    truth.upsert(["new"], unit(1, seed=1))
+    Maintainer(searcher).rebuild()
+    after = searcher.info
+    assert after
+    assert (after.count, after.kind, after.recall_target) == (201, "HNSW8,Flat", 0.9)
+    assert after.asked == before.asked
+    assert after.queries == "40 given queries"
+    Maintainer(searcher).rebuild()  # and it keeps them for the next
+    assert searcher.info
+    kept = cache.read_queries(truth.collection.path, searcher.info)
+    assert kept is not None
+    assert np.allclose(kept, queries, atol=1e-6)
+
+
+def test_what_a_maintainer_is_told_comes_before_what_was_asked_for(
+    truth: Truth, searcher: Searcher
+) -> None:
+    build(truth.collection, kind="HNSW8,Flat", queries=unit(40, seed=7), recall_target=0.9)
+    Maintainer(
+        searcher,
+        kind="IVF4,Flat",
+        queries=unit(50, seed=8),
+        recall_target=0.8,
+        memory_bytes=10**8,
+    ).rebuild()
+    info = searcher.info
+    assert info
+    assert (info.kind, info.recall_target) == ("IVF4,Flat", 0.8)
+    assert info.queries == "50 given queries"
+    assert info.asked
+    assert info.asked["memory_bytes"] == 10**8
 
 
 def test_writes_that_a_search_meets_wake_the_thread(
@@ -83,7 +142,9 @@ def test_writes_that_a_search_meets_wake_the_thread(
         truth.upsert([f"new-{i}" for i in range(30)], unit(30, seed=1))
         truth.check(searcher, unit(3, seed=3), 10)
         assert built.done.acquire(timeout=LONG_S)
-    assert built.how == [{"kind": "ivf", "field": "image", "queries": None, "threads": 3}]
+    assert [(how["kind"], how["field"], how["threads"]) for how in built.how] == [
+        ("ivf", "image", 3)
+    ]
     truth.check(searcher, unit(3, seed=3), 10)
 
 
