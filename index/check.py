@@ -25,6 +25,7 @@ from clipserve.files import sha256
 from index import acknowledged, cache
 from index.collection import BLOCK_ROWS, FIELDS, REMEMBERED_WRITES
 from index.database import DATABASE, Database, directory_lock, is_writable
+from index.info import IndexInfo
 from index.items import LENGTH_TOLERANCE, check_id
 from index.sqlite import fetch, store_errors, transaction
 from index.upkeep import CompactReport, compact, snapshot
@@ -32,6 +33,7 @@ from index.upkeep import CompactReport, compact, snapshot
 __all__ = ["CheckReport", "CompactReport", "check", "compact", "snapshot"]
 
 _NAMED = 10
+_ATTEMPTS = 5
 _LOST_ROWS = 2**32  # more row numbers than lost writes can have used
 
 
@@ -65,9 +67,9 @@ def check(path: Path, *, repair: bool = True, accept_loss: bool = False) -> Chec
     with database:
         checked = _Check(database, repair)
         checked.promises(accept_loss)
-        with database.snapshot() as generation:
+        with database.snapshot():
             checked.contents()
-        checked.indexes(generation)
+        checked.indexes()
     return CheckReport(checked.count, checked.problems, checked.repaired)
 
 
@@ -116,7 +118,7 @@ class _Check:
         if is_whole:
             self._numbers()
 
-    def indexes(self, generation: int) -> None:
+    def indexes(self) -> None:
         """That the files of built indexes are whole, and of this collection."""
         path = self.database.path
         with contextlib.ExitStack() as stack:
@@ -124,7 +126,7 @@ class _Check:
                 stack.enter_context(directory_lock(path, ".index.lock", wait=True))
             for field in FIELDS:
                 folder = cache.folder(path, field)
-                reason = _index_problem(self.database, field, generation)
+                reason = _index_problem(self.database, field)
                 if reason is None:
                     continue
                 what = f"the index of {field} vectors: {reason}"
@@ -285,7 +287,7 @@ def _is_item(id: str, caption: str, source: str, metadata: str) -> bool:
     try:
         check_id(id)
         return isinstance(json.loads(metadata), dict)
-    except (IndexStoreError, ValueError):
+    except (IndexStoreError, ValueError, RecursionError):
         return False
 
 
@@ -321,14 +323,27 @@ def _start_anew(database: Database) -> int:
     return generation
 
 
-def _index_problem(database: Database, field: str, generation: int) -> str | None:
-    """Why the built index of a field is not to be used; None if it is, or there is none."""
+def _index_problem(database: Database, field: str) -> str | None:
+    """Why the built index of a field is not to be used; None if it is, or there is none.
+
+    It may be built again meanwhile, unless its lock is held; then the new one is looked at.
+    """
+    problem = None
+    for _ in range(_ATTEMPTS):
+        if not cache.folder(database.path, field).is_dir():
+            return None
+        info = cache.read_info(database.path, field)
+        problem = _info_problem(database, field, info)
+        if problem is None or info == cache.read_info(database.path, field):
+            break
+    return problem
+
+
+def _info_problem(database: Database, field: str, info: IndexInfo | None) -> str | None:
     folder = cache.folder(database.path, field)
-    if not folder.is_dir():
-        return None
-    info = cache.read_info(database.path, field)
     if info is None:
         return "its description is damaged, missing or of another format"
+    generation = database.generation()  # after the index was described, which followed it
     if info.identity != database.identity or info.generation > generation:
         return "it was built from another collection, or from a later state of it"
     try:

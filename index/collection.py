@@ -21,7 +21,7 @@ import numpy as np
 
 from clipserve.errors import IndexStoreError
 from index.database import DATABASE, Database, create, directory_lock, is_writable
-from index.items import Item, Unit, check_distinct, check_item, check_vectors
+from index.items import Item, Unit, check_distinct, check_item, check_vectors, stored_item
 from index.sqlite import damaged, fetch
 
 __all__ = [
@@ -189,7 +189,7 @@ class Collection:
     def get(self, ids: Sequence[str]) -> dict[str, Item]:
         """The items of those ids that are there."""
         found = self._select_by_id("id, caption, source, metadata", ids)
-        return {row[0]: _to_item(*row) for row in found}
+        return {row[0]: stored_item(*row) for row in found}
 
     def contains(self, ids: Iterable[str]) -> set[str]:
         """Those of the ids that are there."""
@@ -200,7 +200,7 @@ class Collection:
         if limit < 1:
             raise IndexStoreError(f"limit {limit} must be at least 1")
         query = "SELECT id, caption, source, metadata FROM items WHERE id > ? ORDER BY id LIMIT ?"
-        return [_to_item(*row) for row in self._select(query, (start_after, limit))]
+        return [stored_item(*row) for row in self._select(query, (start_after, limit))]
 
     def count(self) -> int:
         """Items in the collection."""
@@ -286,7 +286,7 @@ class Collection:
         """Row number -> item, of live rows."""
         query = "SELECT rowid, id, caption, source, metadata FROM items"
         rows = self._select_by_rowid(query, rowids)
-        return {rowid: _to_item(*row) for rowid, *row in rows}
+        return {rowid: stored_item(*row) for rowid, *row in rows}
 
     def thumbnails_of(self, rowids: np.ndarray) -> dict[int, bytes]:
         """Row number -> thumbnail, of the live rows that have one."""
@@ -395,7 +395,3 @@ def _next_rowid(connection: apsw.Connection) -> int:
 
 def _grow_count(connection: apsw.Connection, by: int) -> None:
     connection.execute("UPDATE meta SET value = value + ? WHERE key = 'count'", (by,))
-
-
-def _to_item(id: str, caption: str, source: str, metadata: str) -> Item:
-    return Item(id, caption, source, json.loads(metadata))

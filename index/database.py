@@ -44,6 +44,10 @@ _PAGE_BYTES = 16384  # seven vectors of E = 512 fill one; of SQLite's 4096 bytes
 _CHECKSUM_BYTES = 8  # at the end of every page; the VFS knows its databases by this number
 _LOG_FRAMES = 1000  # pages in the log before they are copied into the database
 
+_LOG_DAMAGED = (
+    "the write-ahead log is damaged; end every process that uses the collection, then see what is"
+    " lost with: clipserve index check DIR"
+)
 _META_TABLE = "CREATE TABLE meta (key TEXT PRIMARY KEY, value NOT NULL) WITHOUT ROWID"
 
 
@@ -122,12 +126,7 @@ class Database:
     def log_problem(self) -> str | None:
         """What is wrong with the write-ahead log while it is in use, if anything."""
         with self.errors():
-            if is_whole(self.connection(), self._log):
-                return None
-        return (
-            "the write-ahead log is damaged; end every process that uses the collection, then see"
-            " what is lost with: clipserve index check DIR"
-        )
+            return None if is_whole(self.connection(), self._log) else _LOG_DAMAGED
 
     def trust(self) -> None:
         """What is there is all there was: from now on the log may be copied into the database."""
@@ -135,13 +134,12 @@ class Database:
 
     def tidy(self, mode: int = apsw.SQLITE_CHECKPOINT_PASSIVE) -> None:
         """Copy the log into the database, as far as readers let it. IndexStoreError if damaged."""
-        problem = self.log_problem()
-        if problem is not None:
-            raise IndexStoreError(f"collection {self.name!r}: {problem}")
         try:
+            if not is_whole(self.connection(), self._log):
+                raise IndexStoreError(f"collection {self.name!r}: {_LOG_DAMAGED}")
             self.connection().wal_checkpoint(mode=mode)
-        except apsw.BusyError:
-            pass  # a reader, or one who does the same
+        except (apsw.BusyError, apsw.LockedError):
+            pass  # a reader, this thread's own as well, or one who does the same
         except apsw.Error as error:  # everything is safe in the log; a later one tries again
             logger.warning("the log of collection %r stays long: %s", self.name, reason(error))
 
@@ -204,6 +202,7 @@ class Database:
         """One transaction; yields the generation that it makes. Durable, and promised, at the end.
 
         IndexStoreError if nothing was kept, or if it was kept but the promise could not be made.
+        So the log is looked after before it: whatever goes wrong with that, nothing was kept.
         """
         with self.errors():
             connection = self.connection()
@@ -212,16 +211,19 @@ class Database:
                     f"collection {self.name!r}: a write inside a snapshot of this thread; leave the"
                     " snapshot first"
                 )
+            self._tidy_if_long(connection)
             with transaction(connection):
                 query = "UPDATE meta SET value = value + 1 WHERE key = 'generation' RETURNING value"
                 ((generation,),) = fetch(connection, query)
                 yield connection, generation
         self._acknowledge(generation)
-        self._tidy_if_long(connection)
 
     def _tidy_if_long(self, connection: apsw.Connection) -> None:
-        with self.errors():
-            frames, _ = num_frames(connection)
+        """IndexStoreError if the log is damaged. If others are at it, a later write does it."""
+        try:
+            frames, _ = num_frames(connection, wait_s=0)
+        except (apsw.BusyError, apsw.LockedError):
+            return
         if frames < self._tidied_at:  # it was begun anew
             self._tidied_at = 0
         if frames < self._tidied_at + _LOG_FRAMES:

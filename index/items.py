@@ -4,7 +4,7 @@ Legend: N items, E embedding.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ LENGTH_TOLERANCE = {"float32": 2e-6, "float16": 6e-4}
 """how far from 1 a stored vector's length may be"""
 
 _MAX_ID_BYTES = 512
+_MAX_DEPTH = 64  # far below where the readers of JSON give up
 _UNIT_TOLERANCE = 1e-3
 _ROUNDING = 1e-6  # of float32: a vector this close to unit length is stored as it is given
 
@@ -29,7 +30,7 @@ class Item:
     source: str = ""
     """where it came from, for people"""
     metadata: dict[str, Any] = field(default_factory=dict)
-    """anything JSON can hold"""
+    """anything JSON can hold, at most 64 objects and lists inside each other"""
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,27 @@ def check_item(item: Item) -> tuple[str, str, str, str]:
     try:
         metadata = json.dumps(item.metadata, allow_nan=False, ensure_ascii=False)
         metadata.encode()
-    except (TypeError, ValueError, RecursionError) as error:
+        is_deep = metadata.count("{") + metadata.count("[") > _MAX_DEPTH  # or may be
+        is_deep = is_deep and _is_deeper(item.metadata, _MAX_DEPTH)
+    except RecursionError:
+        is_deep = True
+    except (TypeError, ValueError) as error:
         raise IndexStoreError(f"item {item.id!r}: metadata is not JSON: {error}") from None
+    if is_deep:
+        raise IndexStoreError(
+            f"item {item.id!r}: metadata is nested more than {_MAX_DEPTH} deep; make it flatter"
+        )
     return item.id, item.caption, item.source, metadata
+
+
+def stored_item(id: str, caption: str, source: str, metadata: str) -> Item:
+    """An item from its columns; IndexStoreError if they are not as `check_item` made them."""
+    try:
+        return Item(id, caption, source, json.loads(metadata))
+    except (ValueError, RecursionError) as error:
+        raise IndexStoreError(
+            f"item {id!r}: its stored metadata cannot be read: {error}; put the item again"
+        ) from None
 
 
 def check_id(id: str) -> None:
@@ -104,6 +123,18 @@ def check_distinct(items: Sequence[Item]) -> None:
         if item.id in seen:
             raise IndexStoreError(f"id {item.id!r} is given twice in one write; keep one of them")
         seen.add(item.id)
+
+
+def _is_deeper(value: object, depth: int) -> bool:
+    """Whether more than `depth` objects and lists are inside each other."""
+    inner: Iterable[object] = ()
+    if isinstance(value, dict):
+        inner = value.values()
+    elif isinstance(value, list | tuple):
+        inner = value
+    else:
+        return False
+    return not depth or any(_is_deeper(one, depth - 1) for one in inner)
 
 
 def _is_text(value: str) -> bool:

@@ -11,6 +11,7 @@ goes on from the one before it.
 
 import functools
 import struct
+import time
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,37 +22,57 @@ _HEADER = struct.Struct(">8I")  # magic, version, page size, sequence, two salts
 _FRAME_HEADER_BYTES = 24  # page number, size of the database, two salts, checksum
 _MAGIC = 0x377F0682  # and the lowest bit if checksums are over big-endian words
 _FRAMES_AT_A_TIME = 64
-_ATTEMPTS = 5
+_ATTEMPTS = 100
+_WAIT_S = 1.0  # for another process that looks at the log, or copies it
+_PAUSE_S = 0.005
 
 
-def num_frames(connection: apsw.Connection) -> tuple[int, int]:
-    """Frames in the log that count, and how many of them have been copied into the database."""
-    return connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_NOOP)
+def num_frames(connection: apsw.Connection, wait_s: float = _WAIT_S) -> tuple[int, int]:
+    """Frames in the log that count, and how many of them have been copied into the database.
+
+    apsw.BusyError if another connection is at the log for longer than `wait_s`: SQLite's own
+    timeout does not count here. apsw.LockedError while this one has rows of a query to come.
+    """
+    until = time.monotonic() + wait_s
+    while True:
+        try:
+            return connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_NOOP)
+        except apsw.BusyError:
+            if time.monotonic() >= until:
+                raise
+        time.sleep(_PAUSE_S)
 
 
 def is_whole(connection: apsw.Connection, log: Path) -> bool:
     """Whether all frames of the file `log` that count are as they were written.
 
-    Others may write meanwhile; then it looks again.
+    Others may write, and begin it anew, meanwhile; then it looks again. apsw.BusyError if that goes
+    on for ever.
     """
     for _ in range(_ATTEMPTS):
+        before = _start(log)  # ahead of the count, which may be that of a log begun since
         count, _ = num_frames(connection)
         if count <= 0:  # -1 where there is none, as in a place that is read-only
             return True
-        before = _start(log)
         if _verify(log, count):
             return True
-        if before == _start(log) and num_frames(connection)[0] >= count:
-            return False  # it was not begun anew meanwhile
-    return False
+        if before == _start(log):
+            return False  # every log has salts of its own: it was this one all the time
+    raise apsw.BusyError("the write-ahead log is begun anew again and again; try again")
 
 
 def _start(log: Path) -> bytes:
-    with log.open("rb") as file:
-        return file.read(_HEADER.size)
+    """The header of the log, whose salts tell it from every other; empty if there is none."""
+    try:
+        with log.open("rb") as file:
+            return file.read(_HEADER.size)
+    except FileNotFoundError:
+        return b""
 
 
 def _verify(log: Path, count: int) -> bool:
+    if not log.exists():
+        return False
     with log.open("rb") as file:
         header = file.read(_HEADER.size)
         if len(header) < _HEADER.size:

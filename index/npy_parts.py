@@ -63,8 +63,8 @@ def open_npy(file: Path) -> np.ndarray:
     """A file of vectors, mapped into memory. IndexStoreError unless it is whole."""
     try:
         matrix = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        reason = str(error).strip().split("\n")[0]
+    except Exception as error:  # a header is Python source, and may raise anything
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise IndexStoreError(f"{file} is no whole .npy file: {reason}") from None
     if not isinstance(matrix, np.ndarray) or matrix.dtype.kind != "f":
         raise IndexStoreError(f"{file} is no .npy file of floating point numbers")

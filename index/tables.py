@@ -13,6 +13,7 @@ Legend: n rows of a block, m of them with a vector, E embedding.
 import contextlib
 import json
 import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
@@ -54,6 +55,7 @@ class ItemTable:
             self.num_rows: int = file.metadata.num_rows
             schema = file.schema_arrow
         self.columns: list[str] = list(schema.names)
+        self._check_names()
         self._check_model(collection, schema.metadata or {})
         known = (id_column,) if id_column else _ID_COLUMNS
         self._id = next((name for name in known if name in self.columns), "")
@@ -77,7 +79,7 @@ class ItemTable:
         wanted = {self._id, "caption", self._source, "metadata", *self._leaves}
         columns = [name for name in self.columns if name in wanted]
         for batch in self._batches(size, [*columns, *self._apart]):
-            rows = batch.select(columns).to_pylist()
+            rows = self._to_rows(batch.select(columns))
             yield [self._to_item(row) for row in rows], batch
 
     def vectors(self, rows: pa.RecordBatch, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -104,6 +106,13 @@ class ItemTable:
     def _batches(self, size: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
         with self._errors(), pq.ParquetFile(self.path) as file:
             yield from file.iter_batches(size, columns=columns)
+
+    def _to_rows(self, batch: pa.RecordBatch) -> list[dict[str, Any]]:
+        try:
+            return list(batch.to_pylist())
+        except (ValueError, OverflowError) as error:  # a name twice in a struct, a date of year 0
+            reason = str(error).strip().split("\n")[0]
+            raise IndexStoreError(f"{self.path} cannot be read: {reason}") from None
 
     def _to_item(self, row: Mapping[str, Any]) -> Item:
         id = self._to_id(row[self._id])
@@ -132,6 +141,13 @@ class ItemTable:
         except IndexStoreError as error:
             raise IndexStoreError(f"{self.path}, column {self._id!r}: {error}") from None
         return id
+
+    def _check_names(self) -> None:
+        name, count = max(Counter(self.columns).items(), key=lambda one: one[1], default=("", 0))
+        if count > 1:
+            raise IndexStoreError(
+                f"{self.path} has {count} columns {name!r}; give each a name of its own"
+            )
 
     def _check_model(self, collection: Collection, about: Mapping[bytes, bytes]) -> None:
         found = about.get(_FINGERPRINT, collection.fingerprint.encode()).decode(errors="replace")

@@ -15,8 +15,9 @@ from clipserve.errors import IndexStoreError
 from index import acknowledged, cache
 from index.acknowledged import ACKNOWLEDGED
 from index.build import build
-from index.check import check, compact, snapshot
+from index.check import _Check, check, compact, snapshot
 from index.collection import DATABASE, REMEMBERED_WRITES, Collection, Item
+from index.info import IndexInfo
 from index.sqlite import connect
 
 MODEL = {"fingerprint": "a" * 64, "model_name": "tiny", "embed_dim": 64}
@@ -165,6 +166,18 @@ def test_what_does_not_fit_together_is_named(path: Path, statement: str, says: s
     assert any(says in line for line in check(path).problems), check(path).problems
 
 
+def test_metadata_too_deep_to_be_read_is_named(path: Path) -> None:
+    deep = '{"a":' * 100_000 + "{}" + "}" * 100_000
+    with opened(path) as connection:
+        connection.execute("UPDATE items SET metadata = ? WHERE id = '007'", (deep,))
+    assert check(path).problems == ["1 items have an id or metadata that cannot be: '007'"]
+    with Collection.open(path) as collection:
+        with pytest.raises(IndexStoreError, match=r"'007': its stored metadata cannot be read: .*"):
+            collection.get(["007"])
+        collection.upsert([Item("007")], vectors(1))
+        assert collection.get(["007"])["007"].metadata == {}
+
+
 def test_acknowledged_writes_that_are_missing_are_a_problem_until_accepted(path: Path) -> None:
     with Collection.open(path) as collection:
         acknowledged.advance(path, collection.identity, 5)
@@ -226,6 +239,48 @@ def test_an_index_of_another_collection_is_removed(path: Path, tmp_path: Path) -
     report = check(tmp_path / "copy")
     assert "built from another collection" in report.repaired[0]
     assert check(path).repaired == []
+
+
+def test_an_index_built_while_the_items_are_checked_stays(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Collection.open(path) as collection:
+        build(collection)
+        read = _Check.contents
+
+        def built_meanwhile(self: _Check) -> None:
+            read(self)
+            for step in (lambda: collection.delete(["001"]), lambda: build(collection)):
+                thread = threading.Thread(target=step)
+                thread.start()
+                thread.join()
+
+        monkeypatch.setattr(_Check, "contents", built_meanwhile)
+        report = check(path)
+        assert (report.problems, report.repaired) == ([], [])
+        assert cache.folder(path, "image").exists()
+
+
+def test_an_index_replaced_while_it_is_checked_is_not_damaged(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Collection.open(path) as collection:
+        build(collection)
+        read = cache.read_info
+        left = ["001", "002"]
+
+        def replaced_meanwhile(path: Path, field: str = "image") -> IndexInfo | None:
+            info = read(path, field)
+            if left and info is not None:
+                collection.delete([left.pop()])
+                with monkeypatch.context() as patch:
+                    patch.setattr(cache, "read_info", read)
+                    build(collection)
+            return info
+
+        monkeypatch.setattr(cache, "read_info", replaced_meanwhile)
+        assert check(path, repair=False).problems == []
+        assert not left
 
 
 def test_without_leave_to_repair_nothing_is_changed(path: Path) -> None:

@@ -8,6 +8,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,10 +31,18 @@ def unit(count: int, seed: int = 0, dim: int = 8) -> np.ndarray:
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
+def nested(depth: int) -> Any:
+    """Objects and lists in turn."""
+    value: Any = 1
+    for level in range(depth):
+        value = {"a": value} if level % 2 else [value, "["]
+    return value
+
+
 def test_items_come_back_as_they_were_put(collection: Collection) -> None:
     items = [
         Item("cat/1", "a cat", "cats.csv row 2", {"tags": ["a", 1, None], "nested": {"x": 0.5}}),
-        Item("\u732b \U0001f431", "\u00e9\u00e8", "", {}),
+        Item("\u732b \U0001f431", "\u00e9\u00e8", "", {"x": nested(63), "many": [[]] * 100}),
     ]
     vectors = unit(2)
     collection.upsert(items, vectors, [b"jpeg", None])
@@ -131,6 +140,9 @@ def test_vectors_are_read_in_the_order_asked_for(collection: Collection) -> None
         ([Item("a", metadata={"x": float("nan")})], unit(1), "'a': metadata"),
         ([Item("a", metadata={"x": "\ud800"})], unit(1), "'a': metadata"),
         ([Item("a", metadata={"x": {1, 2}})], unit(1), "'a': metadata"),
+        ([Item("a", metadata={"x": nested(64)})], unit(1), "'a': .* more than 64 deep"),
+        ([Item("a", metadata={"x": nested(500)})], unit(1), "'a': .* more than 64 deep"),
+        ([Item("a", metadata={"x": nested(5000)})], unit(1), "'a': .* more than 64 deep"),
     ],
 )
 def test_what_cannot_be_stored_is_refused_whole(

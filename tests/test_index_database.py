@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any, cast
 
 import apsw
 import numpy as np
@@ -254,6 +255,97 @@ def test_the_log_is_copied_and_begun_anew_when_it_is_long(
         assert frames < 80
         assert is_whole(connection, tmp_path / LOG)
     assert not (tmp_path / LOG).exists()
+
+
+def test_a_write_goes_on_while_others_are_at_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once it is kept, nothing may say that it is not."""
+    monkeypatch.setattr("index.database._LOG_FRAMES", 10)
+    monkeypatch.setattr("index.log._WAIT_S", 0.0)
+    seen = []
+
+    def busy(connection: object, wait_s: float = 0) -> tuple[int, int]:
+        seen.append(wait_s)
+        raise apsw.BusyError("BusyError: database is locked")
+
+    with Collection.create(tmp_path, **MODEL) as collection:
+        write_one_by_one(collection, 2)
+        for place in ("index.database.num_frames", "index.log.num_frames"):
+            with monkeypatch.context() as patch:
+                patch.setattr(place, busy)
+                write_one_by_one(collection, 20)
+        assert len(seen) > 20
+        assert collection.count() == 20
+
+
+def test_a_write_goes_on_while_its_thread_is_reading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("index.database._LOG_FRAMES", 10)
+    monkeypatch.setattr("index.collection.BLOCK_ROWS", 1)
+    with Collection.create(tmp_path, **MODEL) as collection:
+        write_one_by_one(collection, 3)
+        for i, _ in zip(range(3), collection.vector_blocks(), strict=False):
+            collection.upsert([Item(f"new {i}")], np.eye(8)[:1])
+        assert collection.count() == 6
+
+
+def test_a_damaged_log_is_told_of_before_a_write_not_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("index.database._LOG_FRAMES", 1)
+    with Collection.create(tmp_path, **MODEL) as collection:
+        collection.upsert([Item("a", "x" * 200)], np.eye(8)[:1])
+        monkeypatch.setattr("index.database.is_whole", lambda *_: False)
+        with pytest.raises(IndexStoreError, match="log is damaged"):
+            collection.upsert([Item("b")], np.eye(8)[:1])
+        assert collection.contains(["a", "b"]) == {"a"}
+        assert collection.generation() == 1
+
+
+class Frames:
+    """A connection that says how many frames there are, or that others are at the log."""
+
+    def __init__(self, *answers: int | apsw.Error) -> None:
+        self.answers = list(answers)
+
+    def wal_checkpoint(self, mode: int) -> tuple[int, int]:
+        answer = self.answers.pop(0)
+        if isinstance(answer, apsw.Error):
+            raise answer
+        return answer, 0
+
+
+def test_who_opens_waits_for_those_at_the_log_but_not_for_ever() -> None:
+    busy = apsw.BusyError("BusyError: database is locked")
+    assert num_frames(cast(Any, Frames(busy, busy, 7))) == (7, 0)
+    with pytest.raises(apsw.BusyError):
+        num_frames(cast(Any, Frames(busy, busy, 7)), wait_s=0)
+
+
+def test_a_log_that_is_begun_anew_while_it_is_verified_is_not_damaged(
+    left: Path, tmp_path: Path
+) -> None:
+    """Between the count and the look at the file: the count is that of the log before."""
+    log = tmp_path / "log"
+    shutil.copy(left / LOG, log)
+    whole = log.read_bytes()
+    with contextlib.closing(connect(left / DATABASE, "mode=rw")) as connection:
+        connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
+        count, _ = num_frames(connection)
+
+    class BegunAnew(Frames):
+        def wal_checkpoint(self, mode: int) -> tuple[int, int]:
+            begun = len(self.answers) == 1
+            log.write_bytes(whole if begun else b"\0" * 16 + whole[16:])
+            return super().wal_checkpoint(mode)
+
+    assert is_whole(cast(Any, BegunAnew(count + 5, count)), log)
+    assert not is_whole(cast(Any, Frames(count + 5)), log)  # nobody wrote meanwhile
+    log.unlink()
+    assert not is_whole(cast(Any, Frames(count)), log)
+    assert is_whole(cast(Any, Frames(-1)), log)
 
 
 def test_a_log_that_cannot_be_copied_loses_nothing(

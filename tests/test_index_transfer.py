@@ -16,6 +16,7 @@ from clipserve.errors import IndexStoreError
 from index import transfer
 from index.build import build
 from index.collection import Collection, Item
+from index.npy_parts import open_npy
 from index.transfer import (
     export_faiss,
     export_npy,
@@ -235,6 +236,49 @@ def test_vectors_that_are_none_are_refused(
         return
     with pytest.raises(IndexStoreError, match=message):
         import_npy(tmp_path / "in", make())
+
+
+def npy_with_header(text: str) -> bytes:
+    header = text.encode() + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(64)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (1, 8",  # TokenError
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (10**99,)}",
+        f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({10**40}, 8)}}",  # OverflowError
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (1, -8)}",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (True, 8)}",
+        "{[]: 1}",  # TypeError
+        "(" * 5000,
+    ],
+)
+def test_a_hostile_header_of_an_npy_file_is_refused(tmp_path: Path, header: str) -> None:
+    (tmp_path / "bad.npy").write_bytes(npy_with_header(header))
+    with pytest.raises(IndexStoreError, match=r"bad.npy is no .*\.npy file") as caught:
+        open_npy(tmp_path / "bad.npy")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["id", "image_vector", "size"])
+def test_a_column_name_that_comes_twice_is_refused(make: Make, tmp_path: Path, name: str) -> None:
+    columns = {"id": ["a"], "image_vector": unit_vectors(1).tolist(), "size": [1]}
+    arrays = [pa.array(column) for column in columns.values()]
+    names = [*columns, name]
+    table = pa.Table.from_arrays([*arrays, pa.array(columns[name])], names)
+    pq.write_table(table, tmp_path / "in.parquet")
+    with pytest.raises(IndexStoreError, match=f"in.parquet has 2 columns '{name}'; give each"):
+        import_parquet(tmp_path / "in.parquet", make())
+
+
+def test_a_name_that_comes_twice_inside_a_column_is_refused(make: Make, tmp_path: Path) -> None:
+    twice = pa.StructArray.from_arrays([pa.array([1]), pa.array([2])], ["x", "x"])
+    table = pa.table({"id": ["a"], "image_vector": unit_vectors(1).tolist(), "size": twice})
+    pq.write_table(table, tmp_path / "in.parquet")
+    with pytest.raises(IndexStoreError, match="in.parquet cannot be read"):
+        import_parquet(tmp_path / "in.parquet", make())
 
 
 def test_an_id_that_comes_twice_is_refused_before_anything_is_written(
