@@ -58,6 +58,8 @@ COMMON = [
 
 
 IN_BATCH = '{name="contrastive"}'
+MATCHING = '{name="matching"}'
+MASKED_LANGUAGE = '{name="masked_language",weight=0.1}'
 
 
 def queue(alpha: float) -> str:
@@ -80,8 +82,8 @@ VARIANTS = {
     ],
     "ALBEF": [
         "model.preset=albef_tiny",
-        f'objectives=[{IN_BATCH},{queue(0.4)},{{name="matching"}},{{name="masked_language"}}]',
         "optim.lr=3e-4",  # BERT's layers, normalised last, bear no more
+        f"objectives=[{IN_BATCH},{queue(0.4)},{MATCHING},{MASKED_LANGUAGE}]",
         "train.rerank=0",
     ],
 }
