@@ -11,6 +11,7 @@ from types import FrameType
 from typing import Any
 
 from torch.utils.data import DataLoader
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 _STOPPING = (signal.SIGTERM, signal.SIGINT)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -127,5 +128,8 @@ def without_interruption(loader: DataLoader[Any]) -> Generator[Any]:
         is_waiting = False
         for worker in workers:
             worker.kill()
-        del iterator  # torch forgets its workers; it would tell of their death otherwise
+        # torch forgets its workers; it would tell of their death otherwise. Its iterator would see
+        # to that in the end, but an error's traceback can hold it until after this handler is gone.
+        if isinstance(iterator, _MultiProcessingDataLoaderIter):
+            iterator._shutdown_workers()
         signal.signal(signal.SIGCHLD, tell)
