@@ -21,7 +21,7 @@ _UNIT_TOLERANCE = 1e-3  # as the collection's
 
 
 class RowWriter:
-    """Upserts rows block by block."""
+    """Upserts rows block by block. What an item has beside them, a thumbnail too, stays."""
 
     def __init__(
         self, collection: Collection, total: int, normalize: bool, progress: Progress | None
@@ -56,6 +56,7 @@ class RowWriter:
                 [items[row] for row in rows.tolist()],
                 given.get("image"),
                 text_vectors=given.get("text"),
+                keep=True,
             )
         self.done += len(items)
         if self._progress is not None:

@@ -140,12 +140,14 @@ class Collection:
         thumbnails: Sequence[bytes | None] | None = None,
         *,
         text_vectors: np.ndarray | None = None,
+        keep: bool = False,
         unit: Unit | None = None,
     ) -> None:
         """Add items, or replace those whose id is there, all or none; durable when it returns.
 
         vectors (N, E), of pictures, and text_vectors (N, E) are unit vectors; one of the two may be
-        missing. `unit` is noted in the same transaction. IndexStoreError, naming the item, for a
+        missing. keep: a vector or thumbnail that an item has and this does not bring stays with it.
+        `unit` is noted in the same transaction. IndexStoreError, naming the item, for a
         vector that is not of unit length, an id that is empty, too long or given twice, and
         metadata that JSON cannot hold.
         """
@@ -163,11 +165,17 @@ class Collection:
             raise IndexStoreError(f"{len(thumbnails)} thumbnails for {len(items)} items")
         if not items and unit is None:
             return
-        bits = sum(_bit(field) for field in matrices)
+        ids = [item.id for item in items]
+        brought = [*matrices, *(() if thumbnails is None else ("thumbnail",))]
         with self._write() as (connection, generation):
-            removed = _remove(connection, [item.id for item in items], generation)
             first = _next_rowid(connection)
-            numbered = ((first + i, *row, bits) for i, row in enumerate(rows))
+            bits = _carry_over(connection, ids, first, brought) if keep else [0] * len(ids)
+            removed = _remove(connection, ids, generation)
+            own = sum(_bit(field) for field in matrices)
+            numbered = (
+                (first + i, *row, own | kept)
+                for i, (row, kept) in enumerate(zip(rows, bits, strict=True))
+            )
             connection.executemany("INSERT INTO items VALUES (?, ?, ?, ?, ?, ?)", numbered)
             for field, matrix in matrices.items():
                 blobs = ((first + i, vector.tobytes()) for i, vector in enumerate(matrix))
@@ -375,6 +383,24 @@ def _select_by_id(connection: apsw.Connection, columns: str, ids: Sequence[str])
         query = f"SELECT {columns} FROM items WHERE id IN ({marks})"
         rows += fetch(connection, query, some)
     return rows
+
+
+def _carry_over(
+    connection: apsw.Connection, ids: list[str], first: int, brought: Sequence[str]
+) -> list[int]:
+    """Give what is not brought anew of items that are there their coming rows, from `first` on.
+
+    Returns the fields that each item keeps, as bits.
+    """
+    found = _select_by_id(connection, "id, rowid, fields", ids)
+    old = {id: (rowid, fields) for id, rowid, fields in found}
+    moves = [(first + i, old[id][0]) for i, id in enumerate(ids) if id in old]
+    fields = [field for field in FIELDS if field not in brought]
+    tables = [f"vectors_{field}" for field in fields]
+    for table in [*tables, *(() if "thumbnail" in brought else ("thumbnails",))]:
+        connection.executemany(f"UPDATE {table} SET rowid = ? WHERE rowid = ?", moves)
+    kept = sum(_bit(field) for field in fields)
+    return [old[id][1] & kept if id in old else 0 for id in ids]
 
 
 def _remove(connection: apsw.Connection, ids: list[str], generation: int) -> int:

@@ -14,7 +14,6 @@ Legend: N rows, E embedding.
 """
 
 import contextlib
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,7 +25,7 @@ import pyarrow.parquet as pq
 from numpy.lib import format as npy
 
 from clipserve.errors import IndexStoreError
-from clipserve.files import new_directory, sync
+from clipserve.files import new_directory, new_file
 from index import cache
 from index.bulk import ROWS_PER_WRITE, Progress, RowWriter, check_shape
 from index.collection import BLOCK_ROWS, FIELDS, Collection, Item
@@ -353,16 +352,8 @@ def _new_file(out: Path) -> Iterator[BinaryIO]:
     """Appears, complete, when the block succeeds."""
     with _new(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-        try:
-            with temporary.open("wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(out)
-        finally:
-            temporary.unlink(missing_ok=True)
-        sync(out.parent)
+        with new_file(out) as file:
+            yield file
 
 
 @contextlib.contextmanager

@@ -338,7 +338,7 @@ def test_an_index_is_exported_and_read_back(run: Run, items: Path, model_dir: Pa
         id: one["text"] for id, one in before.items()
     }
     alone = run("index", "import", "out/index.faiss", "back", "--ids", "out/ids.parquet")
-    assert (alone.code, set(everything(Path("back"))["p0"])) == (0, {"item", "image"})
+    assert (alone.code, set(everything(Path("back"))["p0"])) == (0, {"item", "image", "text"})
     run("index", "build", items, "--kind", "IVF1,SQ8")
     run("index", "export", items, "rounded", "--to", "faiss")
     refused = run("index", "import", "rounded", "back")

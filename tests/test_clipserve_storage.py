@@ -23,6 +23,7 @@ import pytest
 from clipserve import storage
 from clipserve.errors import DataError
 from clipserve.storage import DeniedError, MissingError, ShardCache, StorageError
+from clipserve.storage.locks import locked
 
 CONTENT = np.random.default_rng(0).bytes(300_000)
 OTHER = np.random.default_rng(1).bytes(300_000)
@@ -243,7 +244,7 @@ def test_braces_are_bounded() -> None:
         ("https://h/d/", "https://h/d/x.tar"),
         ("https://h", "https://h/x.tar"),
         ("https://h/d/manifest.json?sig=a/b.tar#f", "https://h/d/x.tar?sig=a/b.tar"),
-        ("https://h/d/0.tar.gz", "https://h/d/x.tar"),
+        ("s3://b/d/0.tar.gz", "s3://b/d/x.tar"),
         ("s3://b/d/manifest.json", "s3://b/d/x.tar"),
         ("s3://b", "s3://b/x.tar"),
         ("/d/manifest.json", "/d/x.tar"),
@@ -790,7 +791,8 @@ def test_many_threads_stay_within_the_bound(
     def read(location: str) -> bool:
         descriptor = cache.open(location)
         entries = [entry for entry in os.scandir(cache.folder) if entry.name != "lock"]
-        seen.append(sum(path.stat().st_size for path in copies(cache) if path.exists()))
+        with locked(cache.folder / "lock"):  # else the files of two moments would be added up
+            seen.append(sum(path.stat().st_size for path in copies(cache)))
         content = os.pread(descriptor, 400_000, 0)
         os.close(descriptor)
         return bool(entries) and content == site.files[location.removeprefix(site.url)]

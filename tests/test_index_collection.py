@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from clipserve.errors import IndexStoreError
+from index.check import check
 from index.collection import DATABASE, Collection, Item, Unit
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,6 +70,23 @@ def test_what_was_written_is_there_after_opening_again(tmp_path: Path) -> None:
         assert again.generation() == 2
         with pytest.raises(IndexStoreError, match="read-only"):
             again.delete(["b"])
+
+
+def test_an_upsert_that_keeps_leaves_an_item_what_it_does_not_bring(collection: Collection) -> None:
+    image, text = unit(2), unit(3, seed=1)
+    collection.upsert([Item("a"), Item("b")], image, [b"jpeg", None])
+    collection.upsert([Item(id, "new") for id in "bac"], None, text_vectors=text, keep=True)
+    rows = collection.rowids_of("abc")
+    assert collection.rowids().tolist() == sorted([rows["a"], rows["b"]])
+    assert np.array_equal(collection.vectors_of(np.array([rows["a"], rows["b"]])), image)
+    every = np.array([rows[id] for id in "bac"])
+    assert np.array_equal(collection.vectors_of(every, "text"), text)
+    assert collection.thumbnail("a") == b"jpeg"
+    assert collection.get("a")["a"].caption == "new"
+    collection.upsert([Item("a")], unit(1, seed=2), [b"other"], keep=True)
+    assert collection.thumbnail("a") == b"other"
+    assert len(collection.rowids("text")) == 3
+    assert check(collection.path).problems == []
 
 
 def test_an_upsert_replaces_everything_of_the_item_under_a_new_row(collection: Collection) -> None:

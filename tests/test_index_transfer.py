@@ -571,6 +571,8 @@ def test_faiss_indexes_of_others_are_imported_into_either_field(
     names = collection.ids_of(rows)
     order = np.array([int(names[row].split()[1]) for row in rows.tolist()])
     assert np.array_equal(collection.vectors_of(rows, "text"), unit_vectors(300)[order])
+    import_faiss(tmp_path / "i", ids, collection)
+    assert len(collection.rowids("text")) == len(collection.rowids()) == 300
 
 
 def test_rows_of_the_ids_are_labels_of_the_index(make: Make, tmp_path: Path) -> None:

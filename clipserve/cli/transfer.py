@@ -87,7 +87,7 @@ def import_vectors(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Add items and vectors that other programs wrote; ids that are there are replaced."""
+    """Add items and vectors of other programs; what they bring replaces what is there."""
     from index import transfer
 
     form = _format_of(source)
