@@ -7,7 +7,7 @@ The cache is a folder that any number of processes and threads share without a s
     <key>.tmp             being written by whoever holds its flock; left by the dead if nobody does
     <key>.known           size and digest of a location that came without
     <key>.failed          when and why a location could not be read, after all retries
-    lock                  held for the moment in which room is made
+    lock                  held for the moment in which room is made or a whole copy gets its name
 """
 
 import contextlib
@@ -220,7 +220,10 @@ class ShardCache:
         name = f"{receiver.sha256}{'.plain' if receiver.is_gzip else ''}.tar"
         with cache_faults(self.folder):
             receiver.finish()
-            (self.folder / f"{key}.tmp").replace(self.folder / name)
+            # Under the lock: a directory read meanwhile can show a renamed file under neither name,
+            # and whoever makes room would not count it.
+            with locked(self.folder / "lock"):
+                (self.folder / f"{key}.tmp").replace(self.folder / name)
             sync(self.folder)
             if digest is None:
                 known = f"{receiver.num_bytes} {receiver.sha256}\n"
