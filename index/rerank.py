@@ -12,11 +12,12 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 import torch
 
+from clipserve.config import RerankScore
 from clipserve.embed import batched, to_numpy
 from clipserve.errors import ConfigError, ImageError
 from clipserve.images import open_image
@@ -26,8 +27,6 @@ from index.collection import Collection
 from index.search import Hit
 
 logger = logging.getLogger(__name__)
-
-Score = Literal["matching+cosine", "matching"]
 
 _IMAGES_AT_A_TIME = 64
 """pictures whose tokens are in memory: 0.1 GB at ALBEF's 577 tokens of 768 numbers in fp32"""
@@ -51,19 +50,20 @@ def rerank(
     collection: Collection,
     *,
     k_test: int = 16,
-    score: Score = "matching+cosine",
+    score: RerankScore = "matching+contrastive",
 ) -> Reranked:
     """Order the first k_test hits of each text anew; those behind them stay where they are.
 
-    score: the logit of a match, or its sum with the cosine (LAVIS). A hit whose picture was not
-    kept, or cannot be read, keeps its place, and the others are ordered around it. Each text and
-    each picture is encoded once. ConfigError for a model without fusion layers.
+    score: the logit of a match, or its sum with the cosine (LAVIS) or with the contrastive logit,
+    the model's scale times the cosine. A hit whose picture was not kept, or cannot be read, keeps
+    its place, and the others are ordered around it. Each text and each picture is encoded once.
+    ConfigError for a model without fusion layers.
     """
     check_fusion(model)
     if k_test < 1:
         raise ConfigError(f"k_test = {k_test} is not allowed; match at least 1 hit")
-    if score not in get_args(Score):
-        raise ConfigError(f"unknown score {score!r}; use {' or '.join(get_args(Score))}")
+    if score not in get_args(RerankScore):
+        raise ConfigError(f"unknown score {score!r}; use {' or '.join(get_args(RerankScore))}")
     if len(texts) != len(hits):
         raise ConfigError(f"{len(texts)} texts for {len(hits)} lists of hits; give one for each")
     started = time.monotonic()
@@ -72,7 +72,8 @@ def rerank(
         for hit in own[:k_test]:
             queries_of.setdefault(hit.id, []).append(row)
     logits = _match(model, texts, queries_of, collection)
-    ordered = [_reorder(row, own, k_test, score, logits) for row, own in enumerate(hits)]
+    factor = {"matching": 0.0, "matching+cosine": 1.0}.get(score, model.logit_scale.item())
+    ordered = [_reorder(row, own, k_test, factor, logits) for row, own in enumerate(hits)]
     speed = len(logits) / max(time.monotonic() - started, 1e-9)
     return Reranked(ordered, speed)
 
@@ -118,16 +119,16 @@ def _reorder(
     row: int,
     hits: Sequence[Hit],
     k_test: int,
-    score: Score,
+    factor: float,
     logits: dict[tuple[int, str], np.ndarray],
 ) -> list[Hit]:
-    """One query's hits; equal scores keep their order."""
+    """One query's hits by logit plus factor times cosine; equal ones keep their order."""
     ordered = list(hits)
     places = [place for place, hit in enumerate(hits[:k_test]) if (row, hit.id) in logits]
     keys = {}
     for place in places:
         no, yes = logits[row, hits[place].id].astype(np.float64)
-        keys[place] = float(yes) + (hits[place].score if score == "matching+cosine" else 0.0)
+        keys[place] = float(yes) + factor * hits[place].score
         probability = float(np.exp(-np.logaddexp(0, no - yes)))
         ordered[place] = dataclasses.replace(hits[place], matching=probability)
     moved = [ordered[place] for place in sorted(places, key=lambda place: -keys[place])]

@@ -1,7 +1,7 @@
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -9,13 +9,14 @@ import torch
 from albefs import CAPTIONS, tiny_albef
 from conftest import make_picture
 
+from clipserve.config import RerankScore
 from clipserve.errors import ConfigError
 from clipserve.images import decode_image, make_thumbnail
 from clipserve.model import Model
 from index import rerank as rerank_module
 from index.collection import Collection
 from index.items import Item
-from index.rerank import Score, rerank
+from index.rerank import rerank
 from index.search import Hit, Searcher
 
 NUM = 12
@@ -63,19 +64,21 @@ def logits(model: Model, thumbnail: bytes, text: str) -> np.ndarray:
     return model.network.matching_logits(model.network.fuse(words, ids, image))[0].numpy()
 
 
-@pytest.mark.parametrize("score", ["matching", "matching+cosine"])
+@pytest.mark.parametrize("score", get_args(RerankScore))
 def test_the_first_hits_are_in_the_order_of_the_matching_head(
-    model: Model, collection: Collection, thumbnails: list[bytes], score: Score
+    model: Model, collection: Collection, thumbnails: list[bytes], score: RerankScore
 ) -> None:
     before = find(model, collection, TEXTS)
     found = rerank(model, TEXTS, before, collection, k_test=5, score=score)
     assert found.pairs_per_second > 0
+    scale = model.logit_scale.item()
+    factor = {"matching": 0.0, "matching+cosine": 1.0, "matching+contrastive": scale}[score]
     assert found.hits != before
     for text, old, new in zip(TEXTS, before, found.hits, strict=True):
         keys = {}
         for hit in old[:5]:
             no, yes = logits(model, thumbnails[int(hit.id)], text)
-            keys[hit.id] = yes + (hit.score if score == "matching+cosine" else 0)
+            keys[hit.id] = yes + factor * hit.score
             (moved,) = [one for one in new if one.id == hit.id]
             assert moved.matching == pytest.approx(1 / (1 + np.exp(no - yes)), abs=1e-5)
             assert moved.score == hit.score
@@ -149,7 +152,7 @@ def test_a_model_without_fusion_is_refused(tiny_model: Model, collection: Collec
     ("arguments", "says"),
     [
         ({"k_test": 0}, "k_test = 0"),
-        ({"score": "cosine"}, "'cosine'; use matching.cosine or matching"),
+        ({"score": "cosine"}, "'cosine'; use matching or matching.cosine or matching.contrastive"),
         ({"texts": ["a", "b"]}, "2 texts for 1 lists"),
     ],
 )

@@ -1,7 +1,7 @@
 """The command that asks a collection: search."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
@@ -64,7 +64,8 @@ def search(
         int, typer.Option(min=0, help="First hits that ALBEF's matching orders again.")
     ] = 0,
     rerank_score: Annotated[
-        str | None, typer.Option(help="--rerank: matching, or else matching+cosine.")
+        str | None,
+        typer.Option(help="--rerank: matching+contrastive, or else matching or matching+cosine."),
     ] = None,
     field: Field = "image",
     device: Device = "auto",
@@ -86,7 +87,7 @@ def search(
         "min_score": min_score,
         "unique": unique,
     }
-    again = _rerank_with(rerank, rerank_score or "matching+cosine") if rerank else None
+    again = _rerank_with(rerank, rerank_score or "matching+contrastive") if rerank else None
     loaded = load_for(collection, model, device, dtype) if model else None
     asked = [Query(texts=[(line, 1.0)]) for line in lines]
     asked = asked or [wanted.query(text_weight, minus_weight)]
@@ -145,9 +146,10 @@ def _check(wanted: _Wanted, lines: list[str], model: str, rerank: int) -> None:
 
 
 def _rerank_with(k_test: int, score: str) -> "Callable[..., Reranked]":
-    from index.rerank import Score, rerank
+    from clipserve.config import RerankScore
+    from index.rerank import rerank
 
-    known = pick(score, get_args(Score), "--rerank-score")
+    known = pick(score, get_args(RerankScore), "--rerank-score")
 
     def again(*what: Any) -> "Reranked":
         done = rerank(*what, k_test=k_test, score=known)
@@ -159,10 +161,10 @@ def _rerank_with(k_test: int, score: str) -> "Callable[..., Reranked]":
 
 def _print(lines: list[str], found: "list[list[Hit]]", offset: int, as_json: bool) -> None:
     if as_json and not lines:
-        print_json([vars(hit) for hit in found[0]])
+        print_json([asdict(hit) for hit in found[0]])
     elif as_json:
         pairs = zip(lines, found, strict=True)
-        print_json([{"query": line, "hits": [vars(hit) for hit in hits]} for line, hits in pairs])
+        print_json([{"query": line, "hits": [asdict(hit) for hit in hits]} for line, hits in pairs])
     for number, hits in enumerate([] if as_json else found):
         if lines:
             print_line(lines[number])
