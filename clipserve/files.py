@@ -37,28 +37,36 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextlib.contextmanager
-def new_directory(path: Path) -> Iterator[Path]:
+def new_directory(path: Path, *, replace: bool = True) -> Iterator[Path]:
     """A directory to fill; it appears under `path`, complete and on disk, when the block succeeds.
 
-    An older directory of that name is replaced, and stays if the block fails.
+    An older directory of that name is replaced, and stays if the block fails. Without `replace`
+    whatever holds something stays, though it came to be meanwhile: FileExistsError.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    folder = aside / path.name  # the name that it will have, for those who tell of it
     try:
-        temporary.chmod(0o755)
-        yield temporary
-        for file in temporary.rglob("*"):
+        folder.mkdir()
+        yield folder
+        for file in folder.rglob("*"):
             sync(file)
-        sync(temporary)
-        if path.exists():
+        sync(folder)
+        if replace and path.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
             path.rename(old / "replaced")
-            temporary.rename(path)
+            folder.rename(path)
             shutil.rmtree(old)
         else:
-            temporary.rename(path)
+            try:
+                folder.rename(path)  # which the system does onto nothing or an empty directory
+            except OSError as error:
+                if not path.exists():
+                    raise
+                reason = "came to be meanwhile, and stays as it is"
+                raise FileExistsError(errno.EEXIST, reason, str(path)) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
     sync(path.parent)
 
 

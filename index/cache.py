@@ -297,7 +297,7 @@ def _map(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> np.ndarray
 def _ignore(collection: Collection, info: IndexInfo, reason: str) -> None:
     logger.warning(
         "the %s index of collection %s is ignored: %s; all vectors are compared until it is built"
-        " again: clipserve index build %s",
+        " again: clipserve index check %s",
         info.field,
         collection.name,
         reason,

@@ -2,8 +2,7 @@
 
 `check` reads every page of the database, whose checksums SQLite verifies, and holds what it read
 against the rules of `collection.py`. The note of the last promised write is written again where
-it is damaged, and damaged indexes are taken away, to be built again. `snapshot` and `compact` are
-in `upkeep.py`.
+it is damaged, and damaged indexes are built again, from vectors that were found to be whole.
 
 Legend: N items, E embedding.
 """
@@ -11,7 +10,6 @@ Legend: N items, E embedding.
 import contextlib
 import itertools
 import json
-import shutil
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,17 +18,15 @@ from typing import Any
 
 import numpy as np
 
-from clipserve.errors import IndexStoreError
+from clipserve.errors import ClipserveError, IndexStoreError
 from clipserve.files import sha256
 from index import acknowledged, cache
-from index.collection import BLOCK_ROWS, FIELDS, REMEMBERED_WRITES
-from index.database import DATABASE, Database, directory_lock, is_writable
+from index.build import rebuild
+from index.collection import BLOCK_ROWS, FIELDS, REMEMBERED_WRITES, Collection
+from index.database import DATABASE, Database, is_writable
 from index.info import IndexInfo
 from index.items import LENGTH_TOLERANCE, check_id
 from index.sqlite import fetch, store_errors, transaction
-from index.upkeep import CompactReport, compact, snapshot
-
-__all__ = ["CheckReport", "CompactReport", "check", "compact", "snapshot"]
 
 _NAMED = 10
 _ATTEMPTS = 5
@@ -113,28 +109,36 @@ class _Check:
         for bit, field in enumerate(FIELDS):
             self._vectors(field, self._rowids[self._fields & (1 << bit) > 0], is_whole)
         self._rows("thumbnails", "rowid, jpeg", is_whole)
-        for table in ("meta", "units", "deletions"):
+        self._deletions(is_whole)
+        for table in ("meta", "units"):
             self._scan(table, f"SELECT * FROM {table}", lambda rows: None)
         if is_whole:
             self._numbers()
 
     def indexes(self) -> None:
         """That the files of built indexes are whole, and of this collection."""
-        path = self.database.path
-        with contextlib.ExitStack() as stack:
-            if self.repair:
-                stack.enter_context(directory_lock(path, ".index.lock", wait=True))
-            for field in FIELDS:
-                folder = cache.folder(path, field)
-                reason = _index_problem(self.database, field)
-                if reason is None:
-                    continue
-                what = f"the index of {field} vectors: {reason}"
-                if self.repair:
-                    shutil.rmtree(folder)
-                    self.repaired.append(f"{what}; removed, make it again: clipserve index build")
-                else:
-                    self.problems.append(what)
+        is_whole = not self.problems
+        for field in FIELDS:
+            reason = _index_problem(self.database, field)
+            if reason is None:
+                continue
+            what = f"the index of {field} vectors: {reason}"
+            if not self.repair:
+                self.problems.append(f"{what}; a check that may write builds it again")
+            elif not is_whole:
+                self.problems.append(f"{what}; it is built again once the rest is whole")
+            else:
+                self._build_again(field, what)
+
+    def _build_again(self, field: str, what: str) -> None:
+        is_known = cache.read_info(self.database.path, field) is not None
+        how = "as it was asked for" if is_known else "with --kind auto, what it was is not known"
+        try:
+            info = rebuild(Collection(self.database), field=field)
+        except ClipserveError as error:
+            self.problems.append(f"{what}; it could not be built again: {error}")
+        else:
+            self.repaired.append(f"{what}; built again {how}: {info.kind}")
 
     def _write_promise(self, generation: int) -> None:
         path = self.database.path
@@ -202,19 +206,29 @@ class _Check:
         if is_whole:
             self._orphans(table, np.setdiff1d(np.concatenate(parts), self._rowids))
 
+    def _deletions(self, is_whole: bool) -> None:
+        alive: list[int] = []
+
+        def take(rows: list[Any]) -> None:
+            removed = np.array([row[0] for row in rows])
+            there = np.searchsorted(self._rowids, removed, "right")
+            there -= np.searchsorted(self._rowids, removed)
+            alive.extend(removed[there > 0].tolist())
+
+        self._scan("deletions", "SELECT removed FROM deletions", take)
+        if is_whole:
+            self._name("were removed, and are there", alive)
+
     def _numbers(self) -> None:
         """That what is counted agrees with what is there."""
         with store_errors("numbers"):
             connection = self.database.connection()
             ((count,),) = fetch(connection, "SELECT value FROM meta WHERE key = 'count'")
             ((used,),) = fetch(connection, "SELECT coalesce(max(seq), 0) FROM sqlite_sequence")
-            removed = fetch(connection, "SELECT removed FROM deletions")
         if count != self.count:
             self.problems.append(f"the collection counts {count} items, and has {self.count}")
         if self.count and used < self._rowids[-1]:
             self.problems.append(f"row {self._rowids[-1]} is above the last one given, {used}")
-        alive = np.intersect1d([row[0] for row in removed], self._rowids)
-        self._name("were removed, and are there", alive.tolist())
 
     def _orphans(self, table: str, rowids: np.ndarray) -> None:
         if len(rowids):
@@ -326,11 +340,11 @@ def _start_anew(database: Database) -> int:
 def _index_problem(database: Database, field: str) -> str | None:
     """Why the built index of a field is not to be used; None if it is, or there is none.
 
-    It may be built again meanwhile, unless its lock is held; then the new one is looked at.
+    It may be built again meanwhile; then the new one is looked at.
     """
     problem = None
     for _ in range(_ATTEMPTS):
-        if not cache.folder(database.path, field).is_dir():
+        if not any(cache.folder(database.path, field).glob("[!.]*")):  # but for what a build left
             return None
         info = cache.read_info(database.path, field)
         problem = _info_problem(database, field, info)

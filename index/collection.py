@@ -248,13 +248,9 @@ class Collection:
     def rowids(self, field: str = "image") -> np.ndarray:
         """Row numbers (N,) int64, ascending, of the items that have that vector."""
         _table(field)
-        parts = [np.zeros(0, dtype=np.int64)]
         query = "SELECT rowid FROM items WHERE fields = ?"  # found in the index alone
-        for fields in range(1, 1 << len(FIELDS)):
-            if fields & _bit(field):
-                for rows in self._blocks(query, fields):
-                    parts.append(np.fromiter((row[0] for row in rows), np.int64, len(rows)))
-        return np.sort(np.concatenate(parts))
+        having = [fields for fields in range(1, 1 << len(FIELDS)) if fields & _bit(field)]
+        return np.sort(np.concatenate([self._numbers(query, fields) for fields in having]))
 
     def vector_blocks(
         self, after: int = 0, field: str = "image"
@@ -308,8 +304,7 @@ class Collection:
         """Row numbers removed after `generation`; None if that is too long ago to be remembered."""
         if not 0 <= self.generation() - generation <= REMEMBERED_WRITES:
             return None
-        query = "SELECT removed FROM deletions WHERE generation > ?"
-        return np.array([row[0] for row in self._select(query, (generation,))], dtype=np.int64)
+        return self._numbers("SELECT removed FROM deletions WHERE generation > ?", generation)
 
     def close(self) -> None:
         """Close the connections of all threads; none may be using the collection any more."""
@@ -345,6 +340,13 @@ class Collection:
             cursor = self._database.connection().execute(query, parameters)
             while rows := list(itertools.islice(cursor, BLOCK_ROWS)):
                 yield rows
+
+    def _numbers(self, query: str, *parameters: int) -> np.ndarray:
+        """The one column of a query, int64; there may be millions."""
+        parts = [np.zeros(0, dtype=np.int64)]
+        for rows in self._blocks(query, *parameters):
+            parts.append(np.fromiter((row[0] for row in rows), np.int64, len(rows)))
+        return np.concatenate(parts)
 
     def _unpack(self, rows: list[Any]) -> tuple[np.ndarray, np.ndarray]:
         rowids = np.fromiter((row[0] for row in rows), np.int64, len(rows))

@@ -24,6 +24,7 @@ from clipserve.files import sync
 from index import acknowledged
 from index.log import is_whole, num_frames
 from index.sqlite import (
+    BUSY_S,
     EMBED_AGAIN,
     connect,
     damaged,
@@ -126,7 +127,8 @@ class Database:
     def log_problem(self) -> str | None:
         """What is wrong with the write-ahead log while it is in use, if anything."""
         with self.errors():
-            return None if is_whole(self.connection(), self._log) else _LOG_DAMAGED
+            whole = is_whole(self.connection(), self._log, BUSY_S)
+        return None if whole else _LOG_DAMAGED
 
     def trust(self) -> None:
         """What is there is all there was: from now on the log may be copied into the database."""

@@ -6,7 +6,7 @@ killed would have left, to the last bit: batches are cut inside a unit and depen
 Pictures are decoded in threads, the model works in another, and the main one reads and commits.
 Start at `embed_corpus`.
 
-    finished unit       passed over; its shards are not even read
+    finished unit       passed over, its shards are not even read; what was deleted stays away
     id already there    left as it is, unless `overwrite`
     id twice in a run   the first counts
     bad picture         reported; tried again by the next run if it may be better then
@@ -51,7 +51,7 @@ class EmbedReport:
 
     added: int = 0
     skipped: int = 0
-    """records whose items were in the collection already"""
+    """records whose items are there, or were and may have been deleted since"""
     bad: list[BadRecord] = field(default_factory=list)
     """the first BAD_LISTED of them"""
     bad_by_kind: Counter[str] = field(default_factory=Counter)

@@ -23,15 +23,16 @@ _FRAME_HEADER_BYTES = 24  # page number, size of the database, two salts, checks
 _MAGIC = 0x377F0682  # and the lowest bit if checksums are over big-endian words
 _FRAMES_AT_A_TIME = 64
 _ATTEMPTS = 100
-_WAIT_S = 1.0  # for another process that looks at the log, or copies it
+_WAIT_S = 1.0  # of those who can do without
 _PAUSE_S = 0.005
 
 
 def num_frames(connection: apsw.Connection, wait_s: float = _WAIT_S) -> tuple[int, int]:
     """Frames in the log that count, and how many of them have been copied into the database.
 
-    apsw.BusyError if another connection is at the log for longer than `wait_s`: SQLite's own
-    timeout does not count here. apsw.LockedError while this one has rows of a query to come.
+    apsw.BusyError if another connection copies the log, or looks at it, for longer than `wait_s`:
+    SQLite's own timeout does not count here. apsw.LockedError while this one has rows of a query to
+    come.
     """
     until = time.monotonic() + wait_s
     while True:
@@ -39,19 +40,22 @@ def num_frames(connection: apsw.Connection, wait_s: float = _WAIT_S) -> tuple[in
             return connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_NOOP)
         except apsw.BusyError:
             if time.monotonic() >= until:
-                raise
+                break
         time.sleep(_PAUSE_S)
+    raise apsw.BusyError(
+        f"another process has been copying its write-ahead log for {wait_s:g} s; try again"
+    )
 
 
-def is_whole(connection: apsw.Connection, log: Path) -> bool:
+def is_whole(connection: apsw.Connection, log: Path, wait_s: float = _WAIT_S) -> bool:
     """Whether all frames of the file `log` that count are as they were written.
 
     Others may write, and begin it anew, meanwhile; then it looks again. apsw.BusyError if that goes
-    on for ever.
+    on for ever, or as for `num_frames`.
     """
     for _ in range(_ATTEMPTS):
         before = _start(log)  # ahead of the count, which may be that of a log begun since
-        count, _ = num_frames(connection)
+        count, _ = num_frames(connection, wait_s)
         if count <= 0:  # -1 where there is none, as in a place that is read-only
             return True
         if _verify(log, count):

@@ -4,8 +4,11 @@ Start at `Maintainer`. What is decided, and when, is in `Maintainer.is_due`.
 """
 
 import logging
+import math
 import os
 import threading
+import time
+from collections.abc import Callable
 from typing import Self
 
 import numpy as np
@@ -26,10 +29,12 @@ class Maintainer:
 
     An index is due when the vectors that a search goes through beside it, fresh or dead, are more
     than `min_rows` and than `rebuild_fraction` of it; or the fresh ones, each of which every search
-    compares, more than `max_fresh`. It is built as the one before was asked for, unless `kind`,
-    `queries`, `recall_target` or `memory_bytes`, which are `build`'s, say otherwise. Errors are
-    logged and searches go on with the index there is; after one the next attempt waits `retry_s`.
-    Without `notify` it looks every `poll_s`.
+    compares, more than `max_fresh`. After a build it rests for as long as that took, and longer the
+    less than `rebuild_fraction` has changed since, so that a flood of writes is not followed by
+    build upon build. It is built as the one before was asked for, unless `kind`, `queries`,
+    `recall_target` or `memory_bytes`, which are `build`'s, say otherwise. Errors are logged and
+    searches go on with the index there is; after one the next attempt waits `retry_s`. Without
+    `notify` it looks every `poll_s`.
     """
 
     def __init__(
@@ -46,6 +51,7 @@ class Maintainer:
         threads: int | None = None,
         poll_s: float = 60.0,
         retry_s: float = 60.0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._searcher = searcher
         self._fraction = rebuild_fraction
@@ -58,6 +64,8 @@ class Maintainer:
         self._threads = threads or max(1, (os.cpu_count() or 1) // 2)
         self._poll_s = poll_s
         self._retry_s = retry_s
+        self._clock = clock
+        self._built_at, self._built_s = -math.inf, 0.0
         self._wake = threading.Event()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="maintainer", daemon=True)
@@ -89,12 +97,21 @@ class Maintainer:
     def is_due(self) -> bool:
         """Whether so much is searched beside the index that a new one is worth building."""
         stats = self._searcher.stats()
+        changed = stats.fresh + stats.dead
         worth_it = max(self._min_rows, self._fraction * stats.indexed)
-        return stats.fresh > self._max_fresh or stats.fresh + stats.dead > worth_it
+        if stats.fresh <= self._max_fresh and changed <= worth_it:
+            return False
+        rest_s = self._built_s * max(1.0, worth_it / changed)
+        return self._clock() >= self._built_at + rest_s
 
     def rebuild(self) -> None:
         """Build the index and have the searcher take it, here and now."""
-        self._searcher.take_index(self._build)
+        started = self._clock()
+        try:
+            self._searcher.take_index(self._build)
+        finally:
+            self._built_at = self._clock()
+            self._built_s = self._built_at - started
 
     def _build(self) -> bool:
         # A connection of its own: the searcher's may be closed before a long build ends.

@@ -13,13 +13,14 @@ from clipserve.errors import IndexStoreError
 
 EMBED_AGAIN = "restore a snapshot, or embed the source again"
 
-_BUSY_S = 30.0
+BUSY_S = 30.0
+"""waited for another process before an error says so"""
 _LOG_BYTES = 2**26  # what is kept of the write-ahead log when a long reader made it grow
 _REASONS = {
     apsw.SQLITE_FULL: "the disk is full; nothing of this write was kept: make room, then repeat",
     apsw.SQLITE_IOERR: "reading or writing failed; nothing of this write was kept: check the"
     " disk and its free space, then repeat",
-    apsw.SQLITE_BUSY: f"another process has been writing for {_BUSY_S:g} s; try again",
+    apsw.SQLITE_BUSY: f"another process has been writing for {BUSY_S:g} s; try again",
     apsw.SQLITE_BUSY_SNAPSHOT: "this thread is still reading an older state; finish reading before"
     " writing",
     apsw.SQLITE_READONLY: "it is read-only here; to write, make its directory and files writable",
@@ -37,7 +38,7 @@ def connect(file: Path, mode: str) -> apsw.Connection:
     flags = apsw.SQLITE_OPEN_URI | apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE
     name = f"{file.absolute().as_uri()}?{mode}"
     connection = apsw.Connection(name, flags=flags, vfs=_checksum_vfs())
-    connection.set_busy_timeout(int(_BUSY_S * 1000))
+    connection.set_busy_timeout(int(BUSY_S * 1000))
     connection.wal_autocheckpoint(0)  # `tidy` does it
     connection.execute("PRAGMA synchronous = FULL")
     connection.execute(f"PRAGMA journal_size_limit = {_LOG_BYTES}")

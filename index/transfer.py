@@ -14,6 +14,7 @@ Legend: N rows, E embedding.
 """
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,7 +26,7 @@ import pyarrow.parquet as pq
 from numpy.lib import format as npy
 
 from clipserve.errors import IndexStoreError
-from clipserve.files import new_directory, new_file
+from clipserve.files import new_directory, new_file, sync
 from index import cache
 from index.bulk import ROWS_PER_WRITE, Progress, RowWriter, check_shape
 from index.collection import BLOCK_ROWS, FIELDS, Collection, Item
@@ -343,7 +344,7 @@ def _check_labels(path: Path, labels: np.ndarray) -> None:
 @contextlib.contextmanager
 def _new_folder(out: Path) -> Iterator[Path]:
     """Appears, complete, when the block succeeds."""
-    with _new(out), new_directory(out) as folder:
+    with _new(out), new_directory(out, replace=False) as folder:
         yield folder
 
 
@@ -352,16 +353,25 @@ def _new_file(out: Path) -> Iterator[BinaryIO]:
     """Appears, complete, when the block succeeds."""
     with _new(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        with new_file(out) as file:
-            yield file
+        whole = out.with_name(f".{out.name}.{os.getpid()}.whole")
+        try:
+            with new_file(whole) as file:
+                yield file
+            os.link(whole, out)  # unlike a rename it replaces nothing
+        finally:
+            whole.unlink(missing_ok=True)
+        sync(out.parent)
 
 
 @contextlib.contextmanager
 def _new(out: Path) -> Iterator[None]:
+    there = IndexStoreError(f"{out} is there already; remove it, or export to another place")
     if out.exists():
-        raise IndexStoreError(f"{out} is there already; remove it, or export to another place")
+        raise there
     try:
         yield
+    except FileExistsError:  # meanwhile
+        raise there from None
     except (OSError, pa.ArrowException) as error:
         reason = getattr(error, "strerror", None) or error
         raise IndexStoreError(

@@ -33,12 +33,15 @@ def snapshot(path: Path, out: Path) -> None:
     Writers go on meanwhile. `out` appears when it is complete and on disk; it is a collection of
     its own from then on. IndexStoreError if it is there already, or a page is damaged.
     """
+    there = IndexStoreError(f"{out} is there already; choose a new name for the snapshot")
     if out.exists():
-        raise IndexStoreError(f"{out} is there already; choose a new name for the snapshot")
+        raise there
     with Database.open(path, read_only=not is_writable(path)) as database:
         try:
-            with new_directory(out) as temporary, store_errors(f"snapshot of {path}"):
-                _copy(database.connection(), temporary)
+            with new_directory(out, replace=False) as folder, store_errors(f"snapshot of {path}"):
+                _copy(database.connection(), folder)
+        except FileExistsError:  # meanwhile
+            raise there from None
         except OSError as error:
             raise IndexStoreError(f"{out} cannot be written: {error.strerror}") from error
 

@@ -286,7 +286,7 @@ def test_captions_and_halves_are_embedded_on_request(
     facts = run("index", "info", "c", "--json").json
     assert (facts["vectors"], facts["counts"]) == ("float16", {"image": COUNT, "text": COUNT})
     again = run(*embed, "--text")  # its vectors are as they are there
-    assert f"added 0, skipped {COUNT} already there, 0 bad" in again.out
+    assert f"added 0, skipped {COUNT} there or embedded before, 0 bad" in again.out
     other = run(*embed, "--vectors", "float32")
     assert other.code == 2
     assert "stores vectors in float16" in other.err
@@ -367,6 +367,82 @@ def test_tables_of_others_are_imported_by_their_columns(
     assert run(*wanted, "--normalize").code == 0
     cheap = run("search", "c", "--like", "p5", "--filter", '{"price": {"lt": 3}}', "--json").ids()
     assert cheap == nearest({id: vectors[id] for id in ("p0", "p1", "p2")}, vectors["p5"], 3)
+
+
+def test_an_import_that_is_refused_leaves_nothing_of_a_new_collection(
+    run: Run, model_dir: Path, vectors: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    monkeypatch.setattr("index.transfer.ROWS_PER_WRITE", 4)
+    rows = [vector.tolist() for vector in vectors.values()]
+
+    def write(rows: list[list[float]]) -> None:
+        pq.write_table(pa.table({"id": list(vectors), "image_vector": rows}), "t.parquet")
+
+    wanted = ("index", "import", "t.parquet", "c", "--model", model_dir)
+    for bad, says in (
+        ([*rows[:-1], [2 * number for number in rows[-1]]], "has length 2, not 1"),  # the last
+        ([row[:-1] for row in rows], "must hold lists of 16 numbers"),
+    ):
+        write(bad)
+        refused = run(*wanted)
+        assert refused.code == 2
+        assert says in refused.err
+        assert sorted(file.name for file in Path().iterdir()) == ["t.parquet"]
+    Path("c").mkdir()  # an empty directory is as good as none
+    write(rows)
+    assert run(*wanted).code == 0
+    before = everything(Path("c"))
+    assert len(before) == COUNT
+    write(bad)
+    assert run(*wanted).code == 2
+    assert everything(Path("c")) == before
+
+
+def test_an_import_goes_nowhere_where_something_else_is(
+    run: Run, filled: Path, model_dir: Path
+) -> None:
+    run("index", "export", filled, "out.parquet", "--to", "parquet")
+    Path("notes").mkdir()
+    Path("notes/a.txt").write_text("mine")
+    refused = run("index", "import", "out.parquet", "notes", "--model", model_dir)
+    assert refused.code == 2
+    assert "notes is there, and is no collection; choose a new directory" in refused.err
+    assert [file.name for file in Path("notes").iterdir()] == ["a.txt"]
+
+
+def test_what_was_deleted_stays_away_until_it_is_embedded_again(
+    run: Run, model_dir: Path, source: Path
+) -> None:
+    from index.collection import Collection
+
+    embed = ("embed", model_dir, source / "t.jsonl", "--collection", "c", "--id-column", "id")
+    run(*embed)
+    with Collection.open(Path("c")) as opened:
+        opened.delete(["p3"])
+    assert f"added 0, skipped {COUNT} there or embedded before" in run(*embed).out
+    assert "p3" not in everything(Path("c"))
+    assert run(*embed, "--overwrite", "--json").json["added"] == COUNT
+    assert "p3" in everything(Path("c"))
+
+
+def test_check_builds_a_damaged_index_again(run: Run, items: Path) -> None:
+    run("index", "build", items, "--kind", "IVF2,Flat", "--recall", 0.8)
+    (file,) = (items / "indexes" / "image").glob("*.vectors")
+    data = bytearray(file.read_bytes())
+    data[100] ^= 4
+    file.write_bytes(data)
+    seen = run("index", "check", items, "--no-write")
+    assert seen.code == 1
+    assert f"bad: the index of image vectors: {file.name} is damaged" in seen.out
+    mended = run("index", "check", items)
+    assert mended.code == 0
+    assert f"{file.name} is damaged; built again as it was asked for: IVF2,Flat" in mended.out
+    index = run("index", "info", items, "--json").json["indexes"]["image"]
+    assert (index["kind"], index["recall_target"]) == ("IVF2,Flat", 0.8)
+    assert run("index", "check", items).out == f"{COUNT} items, 0 problems\n"
 
 
 @pytest.mark.parametrize(

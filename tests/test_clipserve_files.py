@@ -39,6 +39,49 @@ def test_a_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [file.name for file in target.iterdir()] == ["whole"]
 
 
+def test_a_directory_has_its_name_while_it_is_filled(tmp_path: Path) -> None:
+    with files.new_directory(tmp_path / "model") as folder:
+        assert folder.name == "model"
+        (folder / "whole").write_text("x")
+
+
+def test_an_older_directory_is_replaced_or_stays_as_asked(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    for name in ("old", "new"):
+        with files.new_directory(target) as folder:
+            (folder / name).write_text("x")
+    assert [file.name for file in target.iterdir()] == ["new"]
+    with pytest.raises(FileExistsError), files.new_directory(target, replace=False) as folder:
+        (folder / "newer").write_text("x")
+    assert [file.name for file in target.iterdir()] == ["new"]
+    assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("is_file", [False, True])
+def test_what_came_to_be_while_a_directory_was_filled_stays(tmp_path: Path, is_file: bool) -> None:
+    target = tmp_path / "copy"
+    theirs = target if is_file else target / "theirs"
+
+    def fill_too_late() -> None:
+        with files.new_directory(target, replace=False) as folder:
+            (folder / "ours").write_text("x")
+            theirs.parent.mkdir(exist_ok=True)
+            theirs.write_text("y")
+
+    with pytest.raises(FileExistsError, match="came to be meanwhile, and stays") as caught:
+        fill_too_late()
+    assert caught.value.filename == str(target)
+    assert theirs.read_text() == "y"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_an_empty_directory_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "copy").mkdir()
+    with files.new_directory(tmp_path / "copy", replace=False) as folder:
+        (folder / "ours").write_text("x")
+    assert (tmp_path / "copy" / "ours").exists()
+
+
 def test_a_link_is_replaced_in_one_step(tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()

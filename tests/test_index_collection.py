@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 from clipserve.errors import IndexStoreError
 from index.check import check
 from index.collection import DATABASE, Collection, Item, Unit
+from index.sqlite import transaction
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = {"fingerprint": "a" * 64, "model_name": "tiny", "embed_dim": 8}
@@ -414,6 +416,30 @@ def test_deletions_long_ago_are_forgotten_and_that_is_told(
     assert collection.deleted_since(2) is None
     assert collection.deleted_since(3).tolist() == [3, 4, 5]
     assert collection.deleted_since(7) is None  # a state that never was: of a restored backup
+
+
+def test_millions_of_deletions_take_eight_bytes_each_to_know_or_check(
+    collection: Collection,
+) -> None:
+    count = 200_000
+    connection = collection._database.connection()
+    rows = ((0, row) for row in range(10, 10 + count))
+    with transaction(connection):
+        connection.executemany("INSERT INTO deletions VALUES (1 + ?, ?)", rows)
+    for read in (
+        lambda: collection.deleted_since(0),
+        lambda: check(collection.path),
+    ):
+        tracemalloc.start()
+        try:
+            read()
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert peak < 40 * count  # numbers as objects of their own take eighty and more
+    deleted = collection.deleted_since(0)
+    assert deleted is not None
+    assert np.array_equal(np.sort(deleted), np.arange(10, 10 + count))
 
 
 def test_a_full_disk_loses_nothing(collection: Collection) -> None:

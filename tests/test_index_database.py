@@ -1,4 +1,5 @@
 import contextlib
+import itertools
 import resource
 import shutil
 import sqlite3
@@ -17,6 +18,7 @@ from index import acknowledged
 from index.acknowledged import ACKNOWLEDGED
 from index.check import check
 from index.collection import DATABASE, Collection, Item
+from index.database import Database
 from index.log import is_whole, num_frames
 from index.sqlite import connect, store_errors
 
@@ -320,8 +322,32 @@ class Frames:
 def test_who_opens_waits_for_those_at_the_log_but_not_for_ever() -> None:
     busy = apsw.BusyError("BusyError: database is locked")
     assert num_frames(cast(Any, Frames(busy, busy, 7))) == (7, 0)
-    with pytest.raises(apsw.BusyError):
+    with pytest.raises(apsw.BusyError, match="copying its write-ahead log for 0 s; try again"):
         num_frames(cast(Any, Frames(busy, busy, 7)), wait_s=0)
+
+
+def test_opening_waits_for_those_at_the_log_as_long_as_a_write_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(tmp_path)
+    now = itertools.count()
+    monkeypatch.setattr("index.log.time.monotonic", lambda: float(next(now)))
+    monkeypatch.setattr("index.log._PAUSE_S", 0.0)
+    waited = []
+
+    class Busy:
+        def wal_checkpoint(self, mode: int) -> tuple[int, int]:
+            waited.append(mode)
+            raise apsw.BusyError("BusyError: database is locked")
+
+    database = Database(tmp_path, "mode=rw")
+    with database, monkeypatch.context() as patch:
+        patch.setattr(database, "connection", Busy)
+        with pytest.raises(
+            IndexStoreError, match="another process has been copying .* for 30 s; try again"
+        ):
+            database.log_problem()
+    assert len(waited) == 30
 
 
 def test_a_log_that_is_begun_anew_while_it_is_verified_is_not_damaged(
@@ -449,7 +475,7 @@ def test_a_write_that_cannot_be_noted_says_that_it_was_kept(
 def test_a_writer_waits_for_another_and_then_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("index.sqlite._BUSY_S", 0.05)
+    monkeypatch.setattr("index.sqlite.BUSY_S", 0.05)
     with Collection.create(tmp_path, **MODEL) as collection:
         with contextlib.closing(connect(tmp_path / DATABASE, "mode=rw")) as other:
             other.execute("BEGIN IMMEDIATE")

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_index_search import Truth, unit
+from truths import Truth, unit
 
 from clipserve.errors import IndexStoreError
 from index import cache, maintain
@@ -87,6 +87,78 @@ def test_by_default_fifty_thousand_fresh_are_too_many_of_any_index(
     for fresh, is_due in ((50_000, False), (50_001, True)):
         monkeypatch.setattr(searcher, "stats", lambda n=fresh: SearchStats(10_000_000, n, 0))
         assert maintainer.is_due() is is_due
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_flood_of_writes_is_not_followed_by_build_upon_build(
+    searcher: Searcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1,000 writes a second for ten hours into an index that takes 1 ms a vector to build."""
+    clock = Clock()
+    stats = SearchStats(1_000_000, 0, 0)
+    monkeypatch.setattr(searcher, "stats", lambda: stats)
+
+    def build_it(_: object) -> None:
+        nonlocal stats
+        covered = stats.indexed + stats.fresh
+        clock.now += covered / 1000
+        stats = SearchStats(covered, covered, 0)
+
+    monkeypatch.setattr(searcher, "take_index", build_it)
+    maintainer = Maintainer(searcher, clock=clock)
+    builds = []
+    while clock.now < 36_000:
+        clock.now += 1
+        stats = SearchStats(stats.indexed, stats.fresh + 1000, 0)
+        if maintainer.is_due():
+            maintainer.rebuild()
+            builds.append(stats.indexed)
+    assert len(builds) <= 4
+    assert all(later >= 3 * earlier for earlier, later in zip(builds, builds[1:], strict=False))
+
+
+@pytest.mark.parametrize(
+    ("fresh", "rest_s"), [(200_000, 60.0), (100_000, 60.0), (60_000, 100.0), (50_001, 119.998)]
+)
+def test_a_maintainer_rests_as_long_as_the_build_took_and_longer_for_few_changes(
+    searcher: Searcher, monkeypatch: pytest.MonkeyPatch, fresh: int, rest_s: float
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(searcher, "stats", lambda: SearchStats(1_000_000, fresh, 0))
+    monkeypatch.setattr(searcher, "take_index", lambda _: setattr(clock, "now", clock.now + 60))
+    maintainer = Maintainer(searcher, clock=clock)
+    assert maintainer.is_due()  # nothing was built yet
+    maintainer.rebuild()
+    assert not maintainer.is_due()
+    clock.now += rest_s - 0.01
+    assert not maintainer.is_due()
+    clock.now += 0.02
+    assert maintainer.is_due()
+
+
+def test_a_build_that_failed_late_is_rested_from_as_well(
+    searcher: Searcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(searcher, "stats", lambda: SearchStats(0, 60_000, 0))
+
+    def fail(_: object) -> None:
+        clock.now += 60
+        raise IndexStoreError("the disk is full")
+
+    monkeypatch.setattr(searcher, "take_index", fail)
+    maintainer = Maintainer(searcher, clock=clock)
+    with pytest.raises(IndexStoreError):
+        maintainer.rebuild()
+    assert not maintainer.is_due()
+    clock.now += 60
+    assert maintainer.is_due()
 
 
 def test_a_rebuild_is_taken_by_the_searcher(truth: Truth, searcher: Searcher) -> None:

@@ -28,7 +28,9 @@ def embed(
         typer.Option(help="float32 or float16, half as large; else as there, or float32."),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
-    overwrite: Annotated[bool, typer.Option(help="Embed again what is already there.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option(help="Embed everything again, deleted items too.")
+    ] = False,
     max_bad_fraction: Annotated[
         float, typer.Option(min=0, max=1, help="Exit code 1 when more than this part is bad.")
     ] = 0.1,
@@ -36,9 +38,10 @@ def embed(
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
-    """Embed pictures into a collection; what is already there is skipped, so it can be repeated.
+    """Embed pictures into a collection; what is there or was done is skipped: it can be repeated.
 
-    When it was cut short, the same command again goes on where it stopped.
+    When it was cut short, the same command again goes on where it stopped. An item that was deleted
+    since stays away as long as the source is the same.
     """
     from clipserve.checkpoint import load
     from clipserve.sources import first_lines
@@ -73,8 +76,8 @@ def embed(
             print_line(f"bad: {line}")
         rate = report.added / report.seconds if report.seconds else 0.0
         print_line(
-            f"added {report.added}, skipped {report.skipped} already there, {report.num_bad} bad;"
-            f" {report.seconds:.1f} s, {rate:.0f} pictures/s"
+            f"added {report.added}, skipped {report.skipped} there or embedded before,"
+            f" {report.num_bad} bad; {report.seconds:.1f} s, {rate:.0f} pictures/s"
         )
         if report.texts_cut:
             print_line(f"{report.texts_cut} captions were longer than the model reads, and cut")

@@ -154,9 +154,9 @@ def check(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Read every byte of a collection; exit code 1 if something is damaged, which is named.
+    """Read every byte of a collection, and name what is damaged.
 
-    A damaged index is removed: `clipserve index build` makes it again.
+    A damaged index is built again, as it was asked for. Exit code 1 if something stays damaged.
     """
     from index.check import check as check_all
 

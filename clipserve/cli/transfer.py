@@ -1,5 +1,7 @@
 """Commands that take a collection to other programs and back: index export, index import."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -151,24 +153,38 @@ def _format_of(source: Path) -> str:
     )
 
 
-def _open_for(path: Path, model: str, dtype: str | None) -> "Collection":
-    """The collection, made for that model if it is missing."""
+@contextlib.contextmanager
+def _open_for(path: Path, model: str, dtype: str | None) -> Iterator["Collection"]:
+    """The collection. One that is missing is made for that model, and appears when it is filled."""
     from clipserve.checkpoint import read_description
+    from clipserve.files import new_directory
     from index.collection import DATABASE, Collection
 
-    if not model and not (path / DATABASE).is_file():
+    is_there = (path / DATABASE).is_file()
+    if not is_there and not model:
         raise ConfigError(
             f"{path} is no collection yet; --model MODEL, which made the vectors, is required"
         )
+    if not is_there and path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ConfigError(f"{path} is there, and is no collection; choose a new directory")
     if not model:
         if dtype is not None:
             raise ConfigError(f"--vectors {dtype} is for a collection made now; leave it out")
-        return Collection.open(path)
+        with Collection.open(path) as opened:
+            yield opened
+        return
     description = read_description(Path(model))
-    return Collection.open_or_create(
-        path,
-        fingerprint=description["fingerprint"],
-        model_name=description["name"],
-        embed_dim=description["architecture"]["embed_dim"],
-        dtype=dtype,
+    place = (
+        contextlib.nullcontext(path) if is_there else new_directory(path.absolute(), replace=False)
     )
+    with (
+        place as folder,
+        Collection.open_or_create(
+            folder,
+            fingerprint=description["fingerprint"],
+            model_name=description["name"],
+            embed_dim=description["architecture"]["embed_dim"],
+            dtype=dtype,
+        ) as opened,
+    ):
+        yield opened
