@@ -34,10 +34,12 @@ _ENOUGH = 0.75
 """of the candidates, when the others turned out to be deleted"""
 _MOSTLY = 0.95
 """of the base: where so much is alive, the dead are cheaper met than left out"""
-_VECTORS_AT_A_TIME = 32768
-"""64 MiB at E = 512"""
+_VECTORS_AT_A_TIME = 512
+"""1 MiB at E = 512: they stay in a core's cache from one look at them to the next"""
 _FEW = 256
 """candidates that float64 has scored before float32 has told which are worth it"""
+_LOOKED_AT = 10_000
+"""of the best, in which enough are looked for that are not similar to each other"""
 _BLOCK_ROWS = 8192
 _COMPARED_AT_A_TIME = 256
 _SCORES_AT_A_TIME = 2**25
@@ -138,22 +140,23 @@ def distinct(
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """For each query the best `count` rows (n,) that are not similar to a better one, and scores.
 
-    Looks farther until there are so many, or no more rows.
+    Looks farther until there are so many, or no more rows, or _LOOKED_AT were not enough.
     """
     found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     unsettled = list(range(len(queries)))
     looked_at = 2 * count + len(similar.left_out)
+    most = min(max(looked_at, _LOOKED_AT), len(chosen))
     while unsettled:
         ranked = best(view, chosen, queries[unsettled], looked_at, ids_of)
         for row, rowids, scores in zip(unsettled, *ranked, strict=True):
-            is_all = looked_at >= len(chosen) or scores[-1] < similar.min_score
+            is_all = looked_at >= most or scores[-1] < similar.min_score
             is_worth = (scores >= similar.min_score) & ~np.isin(rowids, similar.left_out)
             rowids, scores = rowids[is_worth], scores[is_worth]
             kept = _dissimilar(view, rowids, similar.least, count)
             if is_all or len(kept) == count:
                 found[row] = rowids[kept], scores[kept]
         unsettled = [row for row in unsettled if row not in found]
-        looked_at *= _FARTHER
+        looked_at = min(looked_at * _FARTHER, most)
     return [found[row] for row in range(len(queries))]
 
 
@@ -237,7 +240,8 @@ def _search_base(
         is_cut = places[:, -1] >= 0
         is_starved = None
     if is_exact:
-        return places, np.where(is_cut, scores[:, -1] + backend.error, -np.inf), False
+        last = np.where(is_cut, scores[:, -1], 0)
+        return places, np.where(is_cut, last + backend.errors(queries, last), -np.inf), False
     if is_starved is not None:
         return places, np.where(is_starved, np.inf, -np.inf), False
     is_partial = not is_mostly and breadth < backend.max_breadth
@@ -304,29 +308,38 @@ def _score(
     What is behind the best `count` for certain may be -inf as well.
     """
     scores = np.full(labels.shape, -np.inf, np.float32)
+    is_there = labels >= 0
     step = max(1, _VECTORS_AT_A_TIME // max(1, labels.shape[1]))
     for start in range(0, len(queries), step):
         rows = slice(start, start + step)
-        own = labels[rows]
-        vectors = take(own.ravel()).reshape(*own.shape, -1)  # (q, C, E); of any row for a -1
-        is_there = own >= 0
+        own, wanted = labels[rows], is_there[rows]
         if own.size > _FEW:
-            is_there &= _may_be_best(vectors, is_there, queries32[rows], count)
-        for i, query in enumerate(queries[rows], start):
-            wanted = is_there[i - start]
-            exact = np.einsum("ce,e->c", vectors[i - start, wanted].astype(np.float64), query)
-            scores[i, wanted] = np.minimum(np.maximum(exact, -1), 1)
+            rough = _rough(take, own, queries32[rows])
+            rough[~wanted] = -np.inf
+            margin = 2 * float32_error(queries.shape[1])
+            wanted &= rough >= _kth(rough, count)[:, None] - margin
+        query, column = wanted.nonzero()
+        for first in range(0, len(query), _VECTORS_AT_A_TIME):
+            pairs = slice(first, first + _VECTORS_AT_A_TIME)
+            who = query[pairs]
+            vectors = take(own[who, column[pairs]]).astype(np.float64)
+            exact = np.einsum("ne,ne->n", vectors, queries[rows][who])
+            scores[rows][who, column[pairs]] = exact.clip(-1, 1)
     return scores
 
 
-def _may_be_best(
-    vectors: np.ndarray, is_there: np.ndarray, queries: np.ndarray, count: int
+def _rough(
+    take: Callable[[np.ndarray], np.ndarray], labels: np.ndarray, queries: np.ndarray
 ) -> np.ndarray:
-    """Which candidates (q, C) may be among the best, after sums in float32, which are faster."""
-    rough = (vectors.astype(np.float32, copy=False) @ queries[:, :, None])[..., 0]
-    rough[~is_there] = -np.inf
-    margin = 2 * float32_error(queries.shape[1])
-    return np.asarray(rough >= _kth(rough, count)[:, None] - margin)
+    """Cosines (q, C) in float32, which are faster; of any row for a -1."""
+    scores = np.empty(labels.shape, np.float32)
+    step = max(1, _VECTORS_AT_A_TIME // len(labels))
+    for start in range(0, labels.shape[1], step):
+        own = labels[:, start : start + step]
+        vectors = take(own.ravel()).astype(np.float32, copy=False)
+        vectors = vectors.reshape(*own.shape, -1)  # (q, c, E)
+        scores[:, start : start + step] = np.einsum("qce,qe->qc", vectors, queries)
+    return scores
 
 
 def _order(rowids: np.ndarray, scores: np.ndarray, count: int, ids_of: Ids) -> Ranked:

@@ -9,6 +9,7 @@ Legend: Q queries, E embedding, n hits.
 """
 
 import contextlib
+import itertools
 import logging
 import math
 import threading
@@ -23,7 +24,7 @@ from clipserve.errors import IndexStoreError
 from index import cache
 from index.backends import resolve_device
 from index.choose import EXACT_LIMIT
-from index.collection import Collection
+from index.collection import FIELDS, Collection
 from index.columns import Columns
 from index.database import is_writable
 from index.filters import Filter
@@ -40,9 +41,9 @@ MAX_HITS = 10_000
 _QUERIES_AT_A_TIME = 256
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Hit:
-    """One answer."""
+    """One answer. Not frozen: that takes three times as long to make."""
 
     id: str
     score: float
@@ -76,6 +77,7 @@ class _Wanted:
     unique: float | None
     exclude: tuple[str, ...]
     with_items: bool
+    exact: bool
 
     def __post_init__(self) -> None:
         if self.k < 1:
@@ -119,7 +121,6 @@ class Searcher:
             collection_path, read_only=not is_writable(collection_path)
         )
         self._columns = Columns(self.collection)
-        self._index_file = cache.folder(collection_path, field) / cache.INFO_FILE
         self._lock = threading.Lock()
         self._loading = threading.Lock()
         self._watchers: list[Callable[[], None]] = []
@@ -149,6 +150,7 @@ class Searcher:
         unique: float | None = None,
         exclude: Sequence[str] = (),
         with_items: bool = True,
+        exact: bool = False,
     ) -> list[list[Hit]]:
         """The k items of highest cosine similarity to each of vectors (Q, E), best first.
 
@@ -158,9 +160,10 @@ class Searcher:
 
         filter: only items it holds for. offset: so many of the best are passed over, k + offset is
         at most MAX_HITS. min_score: no cosine below it. unique: not what has a cosine of at least
-        that to a better hit, which is shown instead. exclude: ids to leave out. with_items: False
-        leaves caption, source and metadata empty and reads nothing from disk for a hit in the
-        index.
+        that to a better hit, which is shown instead; of the best 10,000 alone, so there may be
+        fewer than k. exclude: ids to leave out. with_items: False leaves caption, source and
+        metadata empty and reads nothing from disk for a hit in the index; the ids are in memory
+        from the first such search on. exact: every vector is compared, whatever index there is.
         """
         wanted = _Wanted(
             k,
@@ -169,6 +172,7 @@ class Searcher:
             unique,
             tuple(dict.fromkeys(exclude)),
             with_items,
+            exact,
         )
         queries = self._check_queries(vectors)
         self._take_new_index()
@@ -180,6 +184,14 @@ class Searcher:
                 return self._answer(self._newest(), None, queries, wanted)
         with self._pinned() as view:
             return self._answer(view, filter, queries, wanted)
+
+    def count(self, filter: Filter | None = None) -> int:
+        """Items, with a vector in this field or not, that the filter holds for."""
+        if filter is None:
+            return self.collection.count()
+        with self.collection.snapshot():
+            rowids = np.unique(np.concatenate([self.collection.rowids(name) for name in FIELDS]))
+            return int(np.count_nonzero(self._columns.mask(filter, rowids)))
 
     def stats(self) -> SearchStats:
         """Of the collection, and the index in it, as they are now."""
@@ -242,18 +254,16 @@ class Searcher:
 
     def _load_index(self) -> None:
         stamp = self._index_stamp()
+        old = self._view.base
         with self.collection.snapshot() as generation:
             view = self._load(generation)
+            if old and old.has_ids and view.base:
+                view.base.ids(self.collection)  # which the next search may want as the last one did
         with self._lock:
             self._view, self._stamp = view, stamp
 
     def _index_stamp(self) -> tuple[int, int] | None:
-        """Changes when an index is put in place; None while there is none."""
-        try:
-            status = self._index_file.stat()
-        except FileNotFoundError:
-            return None
-        return status.st_mtime_ns, status.st_ino
+        return cache.stamp(self.collection.path, self.field)
 
     def _newest(self) -> View:
         """The view of everything acknowledged so far."""
@@ -271,8 +281,7 @@ class Searcher:
                 generation = stack.enter_context(self.collection.snapshot())
                 old = self._view
                 if generation != old.generation:
-                    newer = old.advance(self.collection, generation)
-                    self._view = newer or self._load(generation)
+                    self._view = old.advance(self.collection, generation)
                 current = self._view
             if current is not old:
                 for notify in self._watchers:
@@ -305,8 +314,12 @@ class Searcher:
     ) -> list[tuple[np.ndarray, np.ndarray]]:
         """Row numbers (n,) and scores (n,) of each answer."""
         chosen = view.select(filter, self._columns)
-        left_out = np.array(list(self.collection.rowids_of(wanted.exclude).values()), np.int64)
+        left_out = np.zeros(0, np.int64)
+        if wanted.exclude:
+            left_out = np.array(list(self.collection.rowids_of(wanted.exclude).values()), np.int64)
         first, end = wanted.offset, wanted.offset + wanted.k
+        if wanted.exact:
+            view = view.exactly()
         if wanted.unique is None:
             ranked = best(view, chosen, queries, end + len(left_out), self._ids_of)
             rows = list(zip(*ranked, strict=True))
@@ -322,14 +335,23 @@ class Searcher:
     def _hits(
         self, view: View, ranked: list[tuple[np.ndarray, np.ndarray]], with_items: bool
     ) -> list[list[Hit]]:
+        """Of all answers together, which is one look into the database."""
         rowids = np.concatenate([rowids for rowids, _ in ranked])
-        pairs = [zip(rows.tolist(), scores.tolist(), strict=True) for rows, scores in ranked]
+        scores = np.concatenate([scores for _, scores in ranked]).tolist()
+        if with_items:
+            hits = list(map(_to_hit, self._items_of(rowids), scores))
+        else:
+            ids = view.ids_of(rowids, self.collection)
+            if not all(ids):
+                raise _GoneError
+            hits = list(map(Hit, ids, scores))
+        ends = itertools.accumulate((len(rowids) for rowids, _ in ranked), initial=0)
+        return [hits[start:end] for start, end in itertools.pairwise(ends)]
+
+    def _items_of(self, rowids: np.ndarray) -> list[Item]:
+        items = self.collection.items_of(np.unique(rowids)) if len(rowids) else {}
         try:
-            if not with_items:
-                ids = view.ids_of(rowids, self.collection)
-                return [[Hit(ids[row], score) for row, score in own] for own in pairs]
-            items = self.collection.items_of(np.unique(rowids)) if len(rowids) else {}
-            return [[_to_hit(items[row], score) for row, score in own] for own in pairs]
+            return [items[rowid] for rowid in rowids.tolist()]
         except KeyError:
             raise _GoneError from None
 

@@ -7,6 +7,7 @@ makes the one of a later generation, and shares with it what stayed. Start at `V
 Legend: N rows of the base, E embedding, n rows.
 """
 
+import copy
 import dataclasses
 import functools
 import logging
@@ -136,12 +137,24 @@ class Base:
             return self.backend.max_breadth, overfetch(count)
         return self.info.plan(count, share)
 
+    def exactly(self) -> Self:
+        """The same rows, all of which a search compares."""
+        if math.isfinite(self.backend.error):
+            return self
+        other = copy.copy(self)
+        other.plan = functools.lru_cache(lambda *_: (self.backend.max_breadth, len(self)))
+        return other
+
     def places_of(self, rowids: np.ndarray) -> np.ndarray:
         """Places of those of the row numbers that are in here."""
         if not len(self.rowids):
             return np.zeros(0, dtype=np.int64)
         places = np.minimum(self.rowids.searchsorted(rowids), len(self.rowids) - 1)
         return np.asarray(places[self.rowids[places] == rowids])
+
+    @property
+    def has_ids(self) -> bool:
+        return self._ids is not None
 
     def ids(self, collection: Collection) -> "Ids":
         """Of all rows, in memory: 8 bytes a row and the text. The first call reads them."""
@@ -221,14 +234,18 @@ class View:
         empty = cls(generation, field, last, base, rows, ScanBackend(collection.embed_dim))
         return empty._with_new(collection)
 
-    def advance(self, collection: Collection, generation: int) -> Self | None:
+    def advance(self, collection: Collection, generation: int) -> Self:
         """The view of a later generation, inside a snapshot of it.
 
-        None if it must be loaded anew: what was deleted since is not remembered.
+        Reads what is new. After so many writes that it is not remembered what they deleted it reads
+        all row numbers as well, about a second for ten million.
         """
         deleted = collection.deleted_since(self.generation)
         if deleted is None:
-            return None
+            known = [self.fresh.rowids]
+            if self.base is not None:
+                known.append(self.base.rowids[self.live.places])
+            deleted = np.setdiff1d(np.concatenate(known), collection.rowids(self.field))
         newer = self._with_new(collection)
         live = self.live
         if self.base is not None:
@@ -245,6 +262,10 @@ class View:
     def __len__(self) -> int:
         return self.live.count + len(self.fresh)
 
+    def exactly(self) -> Self:
+        """The same, of which a search passes nothing over."""
+        return dataclasses.replace(self, base=self.base.exactly()) if self.base else self
+
     def vectors_of(self, rowids: np.ndarray) -> np.ndarray:
         """Stored vectors (n, E) float32 of row numbers (n,) that are in here."""
         if self.base is None or not len(self.base):
@@ -257,15 +278,18 @@ class View:
             vectors[is_fresh] = self.fresh.vectors_of(rowids[is_fresh])
         return vectors
 
-    def ids_of(self, rowids: np.ndarray, collection: Collection) -> dict[int, str]:
-        """Row number -> id, of those that are still there."""
-        ids: dict[int, str] = {}
-        if self.base is not None and len(self.base):
-            own = rowids[rowids <= self.base.rowids[-1]]
-            found = self.base.ids(collection).at(self.base.places_of(own))
-            ids = {rowid: id for rowid, id in zip(own.tolist(), found, strict=True) if id}
-        others = [rowid for rowid in rowids.tolist() if rowid not in ids]
-        return ids | collection.ids_of(np.array(others)) if others else ids
+    def ids_of(self, rowids: np.ndarray, collection: Collection) -> list[str]:
+        """Ids of row numbers (n,), in their order; "" for one that is not there any more."""
+        if self.base is None or not len(self.base):
+            return _stored_ids(rowids, collection)
+        places = self.base.rowids.searchsorted(rowids)
+        is_indexed = places < len(self.base)
+        ids = self.base.ids(collection).at(np.where(is_indexed, places, 0))
+        others = [i for i, id in enumerate(ids) if not id or not is_indexed[i]]
+        if others:
+            for i, id in zip(others, _stored_ids(rowids[others], collection), strict=True):
+                ids[i] = id
+        return ids
 
     def select(self, filter: Filter | None, columns: Columns) -> Selection:
         """The rows that a filter holds for; with a filter, inside a snapshot of this generation."""
@@ -296,6 +320,11 @@ def _built(
         )
         return None
     return Base(found.rowids, found.vectors, make_backend(found, device), found.info)
+
+
+def _stored_ids(rowids: np.ndarray, collection: Collection) -> list[str]:
+    found = collection.ids_of(rowids)
+    return [found.get(rowid, "") for rowid in rowids.tolist()]
 
 
 def _on_device(collection: Collection, field: str, device: str) -> Base | None:

@@ -198,6 +198,22 @@ def test_the_error_of_an_exact_backend_bounds_the_worst_vectors(
     assert off <= backend.error < 0.014
     if dtype == torch.bfloat16 and stored == np.float32:
         assert off > 0.003  # it is not far above what happens
+    for k in (1, 50):
+        scores, labels = backend.search(queries, k, 1)
+        np.put_along_axis(left := exact.copy(), labels, -np.inf, axis=1)
+        errors = backend.errors(queries, scores[:, -1])
+        assert (left.max(axis=1) <= scores[:, -1] + errors).all()
+        assert (errors <= backend.error).all()
+
+
+def test_what_is_passed_over_is_bounded_by_what_a_query_lost_itself() -> None:
+    rounded = torch.from_numpy(unit(50)).bfloat16().float().numpy()
+    backend = TorchBackend(unit(100), dtype=torch.bfloat16)
+    zeros = np.zeros(50, np.float32)
+    lost = np.linalg.norm(rounded - unit(50), axis=1)
+    more = backend.errors(unit(50), zeros) - backend.errors(rounded, zeros)
+    assert more == pytest.approx(lost, rel=0.02)
+    assert (backend.errors(rounded, zeros + 0.5) - backend.errors(rounded, zeros) > 0.001).all()
 
 
 @pytest.mark.parametrize("at_a_time", [64, 1000, 2**24])

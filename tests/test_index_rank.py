@@ -30,6 +30,9 @@ class Rough:
     def __len__(self) -> int:
         return len(self.vectors)
 
+    def errors(self, queries: np.ndarray, last: np.ndarray) -> np.ndarray:
+        return np.full(len(queries), self.error)
+
     def search(
         self, queries: np.ndarray, k: int, breadth: int, mask: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -206,6 +209,40 @@ def test_no_rows_and_no_queries_are_no_answers() -> None:
     assert (
         distinct(view, nothing, unit(1), 5, Similar(0.9, np.zeros(0), -1), ids_of)[0][0].size == 0
     )
+
+
+def test_of_candidates_without_end_few_vectors_are_held_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(rank, "_VECTORS_AT_A_TIME", 40)
+    monkeypatch.setattr(rank, "_FEW", 0)
+    monkeypatch.setattr(rank, "_BLOCK_ROWS", 40)
+    view = make_view(Rough(np.repeat(unit(1), COUNT, axis=0), 1e-6))
+    assert view.base is not None
+    taken: list[int] = []
+    take = view.base.take
+
+    def counted(places: np.ndarray) -> np.ndarray:
+        taken.append(len(places))
+        return take(places)
+
+    monkeypatch.setattr(view.base, "take", counted)
+    best(view, everything(view), unit(3, seed=3).astype(np.float64), 5, ids_of)
+    assert sum(taken) > 3 * COUNT  # all are ties
+    assert max(taken) <= 40
+
+
+def test_who_is_similar_to_all_others_is_not_looked_for_without_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    vectors = np.repeat(unit(2), [COUNT - 1, 1], axis=0)
+    query = vectors[:1].astype(np.float64)
+    view = make_view(Rough(vectors, 1e-6))
+    similar = Similar(0.9, np.zeros(0, np.int64), -1)
+    for most, expected in ((100, 1), (COUNT, 2)):
+        monkeypatch.setattr(rank, "_LOOKED_AT", most)
+        ((rowids, _),) = distinct(view, everything(view), query, 2, similar, ids_of)
+        assert len(rowids) == expected
 
 
 def test_a_scan_of_a_block_at_a_time_finds_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,10 +27,14 @@ class Backend(Protocol):
 
     @property
     def error(self) -> float:
-        """How far a score may be from the true cosine, so that what was passed over is bounded.
+        """How far any score may be from the true cosine. Infinite for an index that passes vectors
+        over without looking at them."""
 
-        No vector that was passed over has a cosine above the last score + `error`. Infinite for
-        an index that passes vectors over without looking at them.
+    def errors(self, queries: np.ndarray, last: np.ndarray) -> np.ndarray:
+        """At most `error` (Q,), so that what a search of the queries (Q, E) passed over is bounded.
+
+        No vector has a cosine above the last score that was found, `last` (Q,), and this together,
+        but those that were found.
         """
 
     def __len__(self) -> int:

@@ -37,6 +37,9 @@ class FaissBackend:
     def __len__(self) -> int:
         return int(self.index.ntotal)
 
+    def errors(self, queries: np.ndarray, last: np.ndarray) -> np.ndarray:
+        return np.full(len(queries), self.error)
+
     def search(
         self, queries: np.ndarray, k: int, breadth: int, mask: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:

@@ -114,6 +114,9 @@ class FaissGpuBackend:
     def __len__(self) -> int:
         return len(self._cpu)
 
+    def errors(self, queries: np.ndarray, last: np.ndarray) -> np.ndarray:
+        return np.full(len(queries), self.error)
+
     def search(
         self, queries: np.ndarray, k: int, breadth: int, mask: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:

@@ -107,6 +107,9 @@ class ScanBackend:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
+    def errors(self, queries: np.ndarray, last: np.ndarray) -> np.ndarray:
+        return np.full(len(queries), self.error)
+
     @functools.cached_property
     def rowids(self) -> np.ndarray:
         """Row numbers (n,) int64, ascending."""

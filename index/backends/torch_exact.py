@@ -34,12 +34,13 @@ _SMALLEST = {torch.bfloat16: 0.0, torch.float16: 2.0**-25, torch.float32: 0.0}
 class TorchBackend:
     """Exact search on one device, with the vectors in half precision where that is fast.
 
-    `error` bounds |score - cosine|. With x' and q' the rounded vector and query,
+    `errors` bounds |score - cosine|. With x' and q' the rounded vector and query,
         |<q', x'> - <q, x>|  <=  |q| |x' - x|  +  |q' - q| |x'|     (Cauchy-Schwarz),
-    where |x' - x| is measured, the largest of all vectors, and |q' - q| <= u |q| + sqrt(E) s, u the
-    format's unit roundoff and s half of its smallest step. To that comes the summation in float32
-    (`float32_error`) and, on the CPU, where a product comes out in the format of its factors, one
-    more rounding of a score of at most 1: u.
+    where |x' - x| is measured, the largest of all vectors, and |q' - q| is, too. To that comes the
+    summation in float32 (`float32_error`) and, on the CPU, where a product comes out in the format
+    of its factors, one more rounding of the score: u times it, u the format's unit roundoff.
+    `error` is as much for any query: |q' - q| <= u |q| + sqrt(E) s, s half of the format's smallest
+    step, and a score of 1.
     """
 
     max_breadth = 1
@@ -50,15 +51,22 @@ class TorchBackend:
         self.device = torch.device(device)
         self.dtype = dtype or default_dtype(self.device)
         self._count, embed_dim = len(matrix), int(matrix.shape[1])
-        self._matrix, rounding = self._load(matrix)
+        self._matrix, self._rounding = self._load(matrix)
         u, smallest = _UNIT_ROUNDOFF[self.dtype], _SMALLEST[self.dtype]
-        query_rounding = u + embed_dim**0.5 * smallest
-        output_rounding = 0.0 if self._sums_in_float32 else u
-        self.error = 1.01 * (rounding + query_rounding + output_rounding)
-        self.error += float32_error(embed_dim)
+        self._output_rounding = 0.0 if self._sums_in_float32 else u
+        self.error = float(self._bound(np.array(u + embed_dim**0.5 * smallest), np.array(1.0)))
 
     def __len__(self) -> int:
         return self._count
+
+    def errors(self, queries: np.ndarray, last: np.ndarray) -> np.ndarray:
+        exact = torch.from_numpy(queries)
+        lost = (exact.to(self.dtype).float() - exact).norm(dim=1).numpy()
+        return self._bound(lost, np.abs(last))
+
+    def _bound(self, query_rounding: np.ndarray, score: np.ndarray) -> np.ndarray:
+        lost = self._rounding + query_rounding + self._output_rounding * score
+        return np.asarray(1.01 * lost + float32_error(int(self._matrix.shape[1])))
 
     @property
     def _sums_in_float32(self) -> bool:
@@ -139,6 +147,8 @@ def on_gpus(matrix: np.ndarray, device: str) -> TorchBackend | None:
         return None
     number = int(device.partition(":")[2] or 0)
     needed, (free, _) = matrix.size * 2, torch.cuda.mem_get_info(number)
+    # What torch keeps of a matrix that is gone, such as the one before the last, it will use again.
+    free += torch.cuda.memory_reserved(number) - torch.cuda.memory_allocated(number)
     if needed > _GPU_FILLED * free:
         logger.info(
             "%d vectors need %.1f GiB, GPU %d has %.1f GiB free: an index is searched instead",

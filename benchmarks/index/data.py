@@ -1,4 +1,4 @@
-"""What benchmarks/index.py searches: vectors like CLIP's pictures, and queries like its texts.
+"""What benchmarks/index searches: vectors like CLIP's pictures, and queries like its texts.
 
 Pictures lie in clusters of very different sizes around one direction, texts around another one
 (the modality gap, arXiv:2203.02053), and a text shares only a part of its meaning with any picture:
