@@ -4,18 +4,19 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+CLIENTS := .venv-clients
 FAISS ?= cpu
 SYSTEM_PACKAGES := fonts-noto-color-emoji libfribidi0 chromium
 ARGS ?=
 
-.PHONY: setup system demo test test-all lint bench clean
+.PHONY: setup system demo test test-all lint bench clients docker-proof clean
 
 setup: $(VENV)/.installed system
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	    --constraint constraints.txt --editable ".[$(FAISS),demo,dev]"
+	    --constraint constraints.txt --editable ".[$(FAISS),demo,dev,clients]"
 	touch $@
 
 # Asks for nothing that is there; without apt or the rights it says what will be missing.
@@ -38,14 +39,28 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-test: lint
+# Clients whose pins do not fit beside ours; without them their tests say so and are skipped.
+clients: $(CLIENTS)/.installed
+
+$(CLIENTS)/.installed: tests/clients.txt
+	$(PYTHON) -m venv $(CLIENTS) \
+	  && $(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	    --requirement tests/clients.txt \
+	  && touch $@ || echo "could not install tests/clients.txt; the tests of those clients are skipped"
+
+test: lint clients
 	$(BIN)/pytest -n 2 $(ARGS)
 
-test-all: lint
+test-all: lint clients
 	$(BIN)/pytest -n 2 -m "" $(ARGS)
 
 bench: setup
 	$(BIN)/python -m benchmarks.embedding $(ARGS)
 
+# As root, with debootstrap and iproute2: each Dockerfile's own steps, run without a container engine.
+docker-proof: setup
+	$(BIN)/python docker/prove.py service $(ARGS)
+	$(BIN)/python docker/prove.py training $(ARGS)
+
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(CLIENTS) build *.egg-info .mypy_cache .ruff_cache .pytest_cache
