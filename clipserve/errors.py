@@ -9,8 +9,16 @@
     |- TrainingError          a run that cannot go on: its loss is not finite (exit code 1)
     |- ImageError             a picture: too large, not a picture, damaged
     |- TextError              a text: empty where one is needed
-    `- IndexStoreError        a collection or an index: damaged, of another model, read-only
-       `- FilterError         a filter that is not one: unknown operator, wrong type, too large
+    |- IndexStoreError        a collection or an index: damaged, of another model, read-only
+    |  `- FilterError         a filter that is not one: unknown operator, wrong type, too large
+    `- ServiceError          what `clipserve.Client` was answered
+       |- ServiceUnreachable no answer: refused, broken off, or too late
+       |- ServiceOverloaded  429 or 503: come back later
+       |- ServiceFailed      another 5xx: the fault is the service's
+       |- AccessDenied       401 or 403: the API key is missing, unknown, or of too small a scope
+       `- RequestRefused     another 4xx: the request has to change
+          |- NotThere        404: no such model, collection, item or job
+          `- ItemRefused     one of the items that were sent
 
 Every message says what, the value, what is allowed, and what to do.
 """
@@ -74,3 +82,56 @@ class IndexStoreError(ClipserveError):
 
 class FilterError(IndexStoreError):
     """A filter over metadata is not of the filter language, or larger than allowed."""
+
+
+class ServiceError(ClipserveError):
+    """A service gave no answer, or one that is an error; `code` is its name, for programs."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int | None = None,
+        code: str | None = None,
+        param: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        """of the HTTP answer; None where there was none"""
+        self.code = code
+        self.param = param
+        """the part of the request that it is about"""
+
+
+class ServiceUnreachable(ServiceError):
+    """Nothing listens there, the connection broke, or the answer took too long."""
+
+
+class ServiceOverloaded(ServiceError):
+    """The service has more to do than it takes on, or is starting or stopping."""
+
+    retry_after_s: float | None = None
+    """when to come back, if the service said so"""
+
+
+class ServiceFailed(ServiceError):
+    """The service could not answer, and says that this is its own fault."""
+
+
+class AccessDenied(ServiceError):
+    """The API key is missing, unknown, or not allowed to do this."""
+
+
+class RequestRefused(ServiceError):
+    """The same request would be refused again."""
+
+
+class NotThere(RequestRefused):
+    """The service has no such model, collection, item or job."""
+
+
+class ItemRefused(RequestRefused):
+    """One item of a call; the others can be answered."""
+
+    index: int = -1
+    """its place among those that were given"""

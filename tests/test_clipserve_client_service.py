@@ -1,0 +1,180 @@
+"""The client and the service, over loopback: what a call returns is what the model would."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import make_picture
+from toys import listening
+
+import clipserve
+from clipserve.client import Client
+from clipserve.errors import AccessDenied, ItemRefused, NotThere, RequestRefused, ServiceUnreachable
+from clipserve.model import Model
+from service.keys import add_key
+
+
+class Running:
+    def __init__(self, address: str, model: Model, pictures: list[bytes]) -> None:
+        self.address, self.model, self.pictures = address, model, pictures
+        self.vectors = model.embed_images(pictures)
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Iterator[Running]:
+    folder = tmp_path_factory.mktemp("client")
+    settings: dict[str, Any] = {"max_items": 20, "jobs_dir": folder / "jobs"}
+    (folder / "root").mkdir()
+    with listening(folder, model_dir, collections_root=folder / "root", **settings) as found:
+        yield Running(*found)
+
+
+@pytest.fixture
+def client(running: Running) -> Iterator[Client]:
+    with Client(running.address) as made:
+        yield made
+
+
+def test_vectors_are_the_models(running: Running, client: Client):
+    texts = [f"text number {i}" for i in range(50)]
+    np.testing.assert_allclose(
+        client.embed_texts(texts), running.model.embed_texts(texts), atol=1e-5
+    )
+    given = [*running.pictures * 5, make_picture(seed=2)]
+    expected = np.concatenate([*[running.vectors] * 5, running.vectors[2:3]])
+    np.testing.assert_allclose(client.embed_images(given), expected, atol=1e-5)
+
+
+def test_one_bad_picture_leaves_the_others(running: Running, client: Client):
+    given = [running.pictures[0], b"broken", running.pictures[2]]
+    errors: dict[int, Any] = {}
+    vectors = client.embed_images(given, errors=errors)
+    assert errors[1].code == "invalid_image"
+    np.testing.assert_allclose(vectors[[0, 2]], running.vectors[[0, 2]], atol=1e-5)
+    with pytest.raises(ItemRefused, match="item 1"):
+        client.embed_images(given)
+    with pytest.raises(ItemRefused, match="item 0"):
+        client.embed_images([b"broken"])
+
+
+def test_pictures_are_classified(running: Running, client: Client):
+    labels = ["cat", "dog", "red heart"]
+    found = client.classify(running.pictures[:2], labels, templates="photo", top_k=2)
+    probabilities = running.model.zero_shot(labels, templates="photo").classify(
+        running.pictures[:2]
+    )
+    assert [len(one) for one in found] == [2, 2]
+    for predictions, row in zip(found, probabilities, strict=True):
+        best = int(row.argmax())
+        assert predictions[0].label == labels[best]
+        assert predictions[0].probability == pytest.approx(row[best], abs=1e-4)
+
+
+def test_a_model_that_compares_vectors_does_not_match(running: Running, client: Client):
+    with pytest.raises(RequestRefused) as caught:
+        client.match([running.pictures[0]], ["a cat"])
+    assert caught.value.code == "no_matching"
+
+
+def test_searching_by_anything(running: Running, client: Client):
+    assert client.search(image=running.pictures[3], k=1)[0].id == "toy/3"
+    hit = client.search(vector=running.vectors[4], k=1, with_vectors=True)[0]
+    assert (hit.id, hit.caption, hit.metadata) == ("toy/4", "toy 4", {"n": 4})
+    assert hit.score == pytest.approx(1, abs=1e-5)
+    assert hit.vector is not None
+    np.testing.assert_allclose(hit.vector, running.vectors[4], atol=1e-5)
+    assert [hit.id for hit in client.search("a cat", k=9, filter={"n": 5})] == ["toy/5"]
+    assert client.search(id="toy/0", k=1)[0].id == "toy/1"
+    parts = [{"image": running.pictures[2], "weight": 1.0}, {"text": "a cat", "weight": 0.001}]
+    assert client.search(queries=parts, k=1, collection="toys")[0].id == "toy/2"
+
+
+def test_a_collection_from_its_beginning_to_its_end(running: Running, client: Client):
+    client.create_collection("new", model="tiny")
+    items = [{"id": f"{i}", "image": running.pictures[i], "caption": "x"} for i in range(6)]
+    items += [{"id": f"t{i}", "vector": running.vectors[0]} for i in range(30)]
+    assert client.upsert("new", items) == 36
+    assert client.collection("new")["count"] == 36
+    assert {one["name"] for one in client.collections()} == {"toys", "new"}
+    assert client.search(image=running.pictures[3], collection="new", k=1)[0].id == "3"
+    assert client.delete("new", [*(f"t{i}" for i in range(30)), "gone"]) == 30
+    assert client.collection("new")["count"] == 6
+    errors: dict[int, Any] = {}
+    items = [{"id": "good", "text": "a"}, {"id": "bad", "image": b"no"}, {"id": "", "text": "b"}]
+    assert client.upsert("new", items, errors=errors) == 1
+    assert sorted(errors) == [1, 2]
+    client.drop_collection("new")
+    with pytest.raises(NotThere):
+        client.collection("new")
+
+
+def test_a_job_stores_any_number_of_items(running: Running, client: Client):
+    client.create_collection("bulk")
+    items = ({"id": str(i), "text": f"text {i}"} for i in range(50))
+    job = client.start_job("bulk", items)
+    waiting = threading.Event()
+    limit = time.monotonic() + 60
+    while client.job(job["id"])["state"] not in ("done", "failed") and time.monotonic() < limit:
+        waiting.wait(0.02)
+    done = client.job(job["id"])
+    assert (done["state"], done["done"], done["failed"]) == ("done", 50, [])
+    assert [one["id"] for one in client.jobs()] == [job["id"]]
+    assert client.collection("bulk")["count"] == 50
+    client.cancel_job(job["id"])
+    client.drop_collection("bulk")
+
+
+def test_a_job_whose_items_cannot_be_sent_is_withdrawn(running: Running, client: Client):
+    with pytest.raises(ItemRefused, match="item 1"):
+        client.start_job("toys", [{"id": "a", "text": "b"}, {"id": "c", "image": "/none.jpg"}])
+    assert [one["state"] for one in client.jobs() if one["state"] != "cancelled"] == []
+
+
+def test_models_are_listed_and_healthy(running: Running, client: Client):
+    assert [one["id"] for one in client.models()] == ["tiny"]
+    assert client.health()["status"] == "ready"
+    with pytest.raises(NotThere):
+        client.embed_texts(["a"], model="none")
+
+
+def test_a_model_is_reloaded(tmp_path: Path, model_dir: Path):
+    with listening(tmp_path, model_dir) as (address, model, _), Client(address) as client:
+        answer = client.reload("tiny")
+        assert answer["new_fingerprint"] == model.info.fingerprint
+        assert answer["collections_kept"] == ["toys"]
+        with pytest.raises(AccessDenied, match="CLIPSERVE_MODEL_ROOTS"):
+            client.reload("tiny", path="/elsewhere")
+
+
+def test_the_asynchronous_client_does_many_things_at_once(running: Running):
+    async def run() -> list[np.ndarray]:
+        async with clipserve.AsyncClient(running.address) as client:
+            return await asyncio.gather(*(client.embed_texts([f"text {i}"]) for i in range(8)))
+
+    expected = running.model.embed_texts([f"text {i}" for i in range(8)])
+    np.testing.assert_allclose(np.concatenate(asyncio.run(run())), expected, atol=1e-5)
+
+
+def test_nobody_listening_is_said():
+    with (
+        Client("http://127.0.0.1:9", retries=0) as client,
+        pytest.raises(ServiceUnreachable, match="http://127.0.0.1:9 cannot be reached"),
+    ):
+        client.models()
+
+
+def test_a_key_opens_what_its_scope_allows(tmp_path: Path, model_dir: Path):
+    keys = tmp_path / "keys"
+    key = add_key(keys, "reader", "read")
+    with listening(tmp_path, model_dir, api_keys_file=keys) as (address, _, _):
+        with Client(address) as client, pytest.raises(AccessDenied):
+            client.embed_texts(["a"])
+        with Client(address, api_key=key) as client:
+            assert client.embed_texts(["a"]).shape == (1, 16)
+            with pytest.raises(AccessDenied):
+                client.delete("toys", ["toy/1"])
