@@ -1,0 +1,168 @@
+"""clip-retrieval's back end: /knn-service, /indices-list, /metadata (2.45.0, clip_back.py).
+
+An index is a collection here, and an id its item's, a text. There is no safety model and no
+aesthetic score; asking for them changes nothing, as in a back end that was started without.
+"""
+
+import asyncio
+import base64
+from typing import Annotated, Any, Literal, TypeVar
+
+import numpy as np
+from fastapi import APIRouter, Request
+from pydantic import Field, ValidationError
+from starlette.responses import Response
+
+from index.collection import Item
+from index.search import MAX_HITS, Hit
+from service.compat.vectors import Lenient, docs, embed, reply_bare
+from service.errors import RequestError, invalid_body
+from service.inputs import check_count, parse_picture, parse_text, parse_vector
+from service.registry import Registry, ServedCollection
+from service.replies import image_url
+from service.routes.state import ServedRegistry
+from service.schemas import K_MAX
+
+router = APIRouter(tags=["compatibility"])
+
+_SAME = 0.94
+"""the cosine from which clip-retrieval takes two pictures for one"""
+
+
+class KnnRequest(Lenient):
+    """A query by exactly one of text, image, image_url and embedding_input."""
+
+    text: str | None = None
+    image: str | None = None
+    """base64"""
+    image_url: str | None = None
+    embedding_input: list[float] | None = None
+    modality: Literal["image", "text"] = "image"
+    num_images: Annotated[int, Field(ge=1, le=K_MAX)] = 100
+    """results that come with all that is known of them"""
+    num_result_ids: Annotated[int, Field(ge=1, le=MAX_HITS)] | None = None
+    """results in all, those behind with id and similarity alone; num_images when left out"""
+    indice_name: str | None = None
+    """a collection; may be left out when there is one"""
+    deduplicate: bool = False
+
+
+class MetadataRequest(Lenient):
+    """Ids of results."""
+
+    ids: list[str]
+    indice_name: str | None = None
+
+
+Kind = TypeVar("Kind", bound=Lenient)
+
+
+@router.post("/knn-service", openapi_extra=docs(KnnRequest))
+async def knn_service(request: Request, registry: ServedRegistry) -> Response:
+    """The nearest items, best first."""
+    body = await _read(request, registry, KnnRequest)
+    served = registry.collection(body.indice_name)
+    vector = await _embed(registry, served, body)
+    hits, items, pictures = await registry.in_store(_search, served, body, vector)
+    generation = await registry.in_store(served.collection.generation)
+    content = []
+    for hit in hits:
+        found: dict[str, Any] = {}
+        if hit.id in items:
+            url = image_url(request, served.name, hit.id, generation)
+            found = _metadata(items[hit.id], str(request.base_url)[:-1] + url)
+            if hit.id in pictures:
+                found.setdefault("image", base64.b64encode(pictures[hit.id]).decode("ascii"))
+        content.append(found | {"id": hit.id, "similarity": hit.score})
+    return reply_bare(content, served.model)
+
+
+@router.get("/indices-list")
+async def indices_list(registry: ServedRegistry) -> list[str]:
+    """The names of the collections."""
+    return list(registry.collections)
+
+
+@router.post("/metadata", openapi_extra=docs(MetadataRequest))
+async def metadata(request: Request, registry: ServedRegistry) -> Response:
+    """What is known of results; ids that are not there are passed over."""
+    body = await _read(request, registry, MetadataRequest)
+    served = registry.collection(body.indice_name)
+    check_count(len(body.ids), K_MAX, "ids")
+    items = await registry.in_store(served.collection.get, body.ids)
+    generation = await registry.in_store(served.collection.generation)
+    content = [
+        {
+            "id": id,
+            "metadata": _metadata(
+                items[id],
+                str(request.base_url)[:-1] + image_url(request, served.name, id, generation),
+            ),
+        }
+        for id in body.ids
+        if id in items
+    ]
+    return reply_bare(content, served.model)
+
+
+async def _read(request: Request, registry: Registry, kind: type[Kind]) -> Kind:
+    """JSON whatever it is called: ClipClient sends no Content-Type."""
+    loop = asyncio.get_running_loop()
+    try:
+        return await loop.run_in_executor(
+            registry.pool, kind.model_validate_json, await request.body()
+        )
+    except ValidationError as error:
+        problems = error.errors(include_url=False, include_context=False, include_input=False)
+        raise invalid_body(problems) from None
+
+
+async def _embed(registry: Registry, served: ServedCollection, body: KnnRequest) -> np.ndarray:
+    """(E,); clip-retrieval's clients send what they do not use as null, or an empty text."""
+    given: dict[str, Any] = {
+        "text": body.text or None,
+        "image": body.image,
+        "image_url": body.image_url,
+        "embedding_input": body.embedding_input,
+    }
+    kinds = [kind for kind, value in given.items() if value is not None]
+    if len(kinds) != 1:
+        raise RequestError(
+            f"give exactly one of text, image, image_url and embedding_input; {len(kinds)} were"
+            " given"
+        )
+    (kind,) = kinds
+    if kind == "embedding_input":
+        return parse_vector(given[kind], served.collection.embed_dim, kind)
+    query = (
+        parse_text(given[kind], kind, registry.settings.max_text_chars)
+        if kind == "text"
+        else parse_picture(given[kind], kind)
+    )
+    vector: np.ndarray = (await embed(registry, served.model, [query], [kind])).rows()[0]
+    return vector
+
+
+def _search(
+    served: ServedCollection, body: KnnRequest, vector: np.ndarray
+) -> tuple[list[Hit], dict[str, Item], dict[str, bytes]]:
+    """Hits, and items and small pictures by id of the first `num_images` of them."""
+    hits = served.searcher_of(body.modality).search(
+        vector[None],
+        body.num_result_ids or body.num_images,
+        unique=_SAME if body.deduplicate else None,
+        with_items=False,
+    )[0]
+    first = [hit.id for hit in hits[: body.num_images]]
+    collection = served.collection
+    with collection.snapshot():
+        rowids = collection.rowids_of(first)
+        pictures = collection.thumbnails_of(np.array(list(rowids.values()), dtype=np.int64))
+        items = collection.get(first)
+    by_id = {id: pictures[rowid] for id, rowid in rowids.items() if rowid in pictures}
+    return hits, items, by_id
+
+
+def _metadata(item: Item, url: str) -> dict[str, Any]:
+    """The item's own metadata, which may name the picture's url, and its caption."""
+    return {"url": url, "caption": item.caption} | item.metadata

@@ -1,0 +1,146 @@
+"""Cohere's second API: /v2/embed and /v2/rerank (docs.cohere.com/v2/reference/embed).
+
+`input_type` makes no difference to a CLIP. Its /v1/rerank is rerank.py.
+"""
+
+import uuid
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Request
+from pydantic import Field
+from starlette.responses import Response
+
+from service.bodies import read_json
+from service.compat.rerank import rank
+from service.compat.vectors import (
+    Encoding,
+    Lenient,
+    check_dimensions,
+    check_whole,
+    docs,
+    embed,
+    encode,
+    places_of,
+)
+from service.errors import RequestError
+from service.inputs import Input, parse_input_of
+from service.replies import reply
+from service.routes.state import ServedRegistry
+
+router = APIRouter(tags=["compatibility"])
+
+
+class CohereEmbedRequest(Lenient):
+    """Exactly one of texts, images and inputs."""
+
+    model: str | None = None
+    texts: list[str] | None = None
+    images: list[str] | None = None
+    """data URIs"""
+    inputs: Annotated[
+        list[Any] | None,
+        Field(json_schema_extra={"items": {"type": "object"}}),
+    ] = None
+    """each {"content": [part]}; a part is {"type": "text", "text": ...} or {"type": "image_url",
+    "image_url": {"url": data URI}}"""
+    embedding_types: list[Encoding] | None = None
+    """float when left out"""
+    output_dimension: int | None = None
+    """must be the model's own number, if given"""
+    truncate: Literal["NONE", "END"] = "END"
+    """NONE: a text that does not fit into the model's context is an error"""
+
+
+class CohereRerankRequest(Lenient):
+    """A query and the documents to order."""
+
+    model: str | None = None
+    query: str
+    documents: list[str]
+    """texts, or pictures as data URIs"""
+    top_n: Annotated[int, Field(ge=1)] | None = None
+
+
+@router.post("/v2/embed", openapi_extra=docs(CohereEmbedRequest))
+async def embed_v2(request: Request, registry: ServedRegistry) -> Response:
+    """Vectors by the types asked for; `truncated` counts the texts that were cut."""
+    body = await read_json(request, CohereEmbedRequest)
+    served = registry.model(body.model)
+    check_dimensions(body.output_dimension, served, "output_dimension")
+    settings = registry.settings
+    inputs, places = _parse(body, settings.max_items, settings.max_text_chars)
+    answer = await embed(registry, served, inputs, places)
+    if body.truncate == "NONE":
+        check_whole(answer, places)
+    rows = answer.rows()
+    content = {
+        "id": uuid.uuid4().hex,
+        "response_type": "embeddings_by_type",
+        "embeddings": {kind: encode(rows, kind) for kind in body.embedding_types or ["float"]},
+        "texts": body.texts or [],
+        "truncated": sum(answer.truncated),
+        "meta": _meta(sum(answer.num_tokens)),
+    }
+    return reply(content, served)
+
+
+@router.post("/v2/rerank", openapi_extra=docs(CohereRerankRequest))
+async def rerank_v2(request: Request, registry: ServedRegistry) -> Response:
+    """The documents' indexes, best first."""
+    body = await read_json(request, CohereRerankRequest)
+    served = registry.model(body.model)
+    ranked = await rank(registry, served, body.query, body.documents, "documents")
+    content = {
+        "id": uuid.uuid4().hex,
+        "results": [
+            {"index": index, "relevance_score": score} for index, score in ranked.best(body.top_n)
+        ],
+        "score": ranked.kind,
+        "meta": _meta(ranked.num_tokens),
+    }
+    return reply(content, served)
+
+
+def _parse(
+    body: CohereEmbedRequest, max_items: int, max_chars: int
+) -> tuple[list[Input], list[str]]:
+    """What to embed, and where in the request each item is."""
+    given: dict[str, list[Any] | None] = {
+        "texts": body.texts,
+        "images": body.images,
+        "inputs": body.inputs,
+    }
+    kinds = [kind for kind, values in given.items() if values is not None]
+    if len(kinds) != 1:
+        raise RequestError(f"give exactly one of texts, images and inputs; {len(kinds)} were given")
+    (kind,) = kinds
+    values: Sequence[Any] = given[kind] or []
+    places = places_of(kind, len(values), max_items)
+    if kind == "inputs":
+        pairs = [_part(value, place) for value, place in zip(values, places, strict=True)]
+    else:
+        pairs = [(value, kind == "images") for value in values]
+    inputs = [
+        parse_input_of(value, place, is_image, max_chars)
+        for (value, is_image), place in zip(pairs, places, strict=True)
+    ]
+    return inputs, places
+
+
+def _part(value: Any, place: str) -> tuple[Any, bool]:
+    """The text or picture of an input, and whether it is a picture."""
+    match value:
+        case {"content": [{"type": "text", "text": text}]}:
+            return text, False
+        case {"content": [{"type": "image_url", "image_url": {"url": url}}]}:
+            return url, True
+    raise RequestError(
+        f'{place} must be {{"content": [part]}} with one part, a text or an image_url; this model'
+        " does not read several as one",
+        param=place,
+    )
+
+
+def _meta(num_tokens: int) -> dict[str, Any]:
+    return {"api_version": {"version": "2"}, "billed_units": {"input_tokens": num_tokens}}

@@ -1,0 +1,95 @@
+"""What the adapters share: clients' inputs -> unit vectors -> the encodings that clients know.
+
+Legend: N items, E embedding.
+"""
+
+import base64
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+from starlette.responses import Response
+
+from service.errors import RequestError, at
+from service.inputs import Input, check_count, fetched
+from service.pipeline import Embedded
+from service.registry import Registry, ServedModel
+from service.replies import model_headers, to_json
+
+
+class Lenient(BaseModel):
+    """A body of which the fields that mean nothing here are passed over: clients send many."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True)
+
+
+Encoding = Literal["float", "base64", "int8", "uint8", "binary", "ubinary"]
+
+
+async def embed(
+    registry: Registry, served: ServedModel, inputs: Sequence[Input], places: Sequence[str]
+) -> Embedded:
+    """Vectors of all inputs; the first that fails raises, naming its place in the request."""
+    answer = await served.pipeline.embed(await fetched(inputs, registry.fetcher))
+    for vector, place in zip(answer.vectors, places, strict=True):
+        if isinstance(vector, Exception):
+            raise at(vector, place)
+    return answer
+
+
+def places_of(param: str, count: int, limit: int) -> list[str]:
+    """`param[0]`, `param[1]`, ...; RequestError for none or more than the limit."""
+    check_count(count, limit, param)
+    return [f"{param}[{index}]" for index in range(count)]
+
+
+def encode(rows: np.ndarray, encoding: Encoding) -> list[Any]:
+    """Unit vectors (N, E), a value each.
+
+    base64 is little-endian float32. int8 and uint8 (128 is zero) scale each vector's largest number
+    to 127, which leaves cosines as they are. binary and ubinary hold a bit for each number above
+    zero, the first one highest (as Cohere's); binary has 128 taken off each byte.
+    """
+    if encoding == "float":
+        return list(np.ascontiguousarray(rows))
+    if encoding == "base64":
+        return [base64.b64encode(row.astype("<f4").tobytes()).decode("ascii") for row in rows]
+    if encoding in ("int8", "uint8"):
+        scaled = np.rint(rows * (127 / np.abs(rows).max(axis=1, keepdims=True))).astype(np.int16)
+        return list(scaled + (128 if encoding == "uint8" else 0))
+    bits = np.packbits(rows > 0, axis=1).astype(np.int16)
+    return list(bits - (128 if encoding == "binary" else 0))
+
+
+def check_dimensions(wanted: int | None, served: ServedModel, param: str) -> None:
+    """RequestError unless it is the model's own number, or none is given."""
+    embed_dim = served.model.embed_dim
+    if wanted not in (None, embed_dim):
+        raise RequestError(
+            f"this model makes vectors of {embed_dim} dimensions and cannot shorten them; leave"
+            f" {param} out, or give {embed_dim}",
+            param=param,
+        )
+
+
+def check_whole(answer: Embedded, places: Sequence[str]) -> None:
+    """RequestError if a text did not fit into the model's context."""
+    for place, truncated in zip(places, answer.truncated, strict=True):
+        if truncated:
+            raise RequestError(
+                f"{place} does not fit into the model's context; shorten it, or allow truncation",
+                param=place,
+                code="text_too_long",
+            )
+
+
+def reply_bare(content: Any, served: ServedModel) -> Response:
+    """For clients that bear no more fields than they know; what made it is in the headers."""
+    return Response(to_json(content), headers=model_headers(served), media_type="application/json")
+
+
+def docs(body: type[BaseModel]) -> dict[str, Any]:
+    """`openapi_extra` of a route that reads this body itself."""
+    schema = body.model_json_schema()
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
