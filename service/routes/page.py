@@ -1,56 +1,83 @@
-"""GET /: the web page and its three files, with a policy that lets it load nothing else."""
+"""GET /: the web page and its files, with a policy that lets it load nothing else.
 
+The files are those of `service.ui`, by a fixed list: a name from outside leads to no other.
+"""
+
+import functools
 import hashlib
+from dataclasses import dataclass
 from importlib import resources
+from pathlib import PurePath
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from service.errors import NotFound
+
 router = APIRouter(include_in_schema=False)
 
-_TYPES = {
-    "index.html": "text/html; charset=utf-8",
-    "style.css": "text/css; charset=utf-8",
-    "app.js": "text/javascript; charset=utf-8",
-    "icon.svg": "image/svg+xml",
-}
-_POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:;"
-    " connect-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
+_PAGE = "index.html"
+_FILES = (
+    *("icon.svg", "style.css", "views.css"),
+    *("api.js", "app.js", "charts.js", "classify.js", "collections.js", "dom.js", "filters.js"),
+    *("format.js", "hits.js", "keyboard.js", "metrics.js", "pictures.js", "query.js", "search.js"),
+    *("service.js", "status.js", "theme.js"),
 )
+_TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
+}
+# `trusted-types` makes a rule of what the scripts keep to: text never becomes markup or code.
+_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:;"
+    " connect-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none';"
+    " require-trusted-types-for 'script'; trusted-types 'none'"
+)
+_HEADERS = {
+    "Cache-Control": "no-cache",  # kept, and asked for again by its ETag
+    "Content-Security-Policy": _POLICY,
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Permissions-Policy": "camera=(), geolocation=(), microphone=()",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+}
+
+
+@dataclass(frozen=True)
+class _File:
+    content: bytes
+    etag: str
+    media_type: str
 
 
 @router.get("/")
 async def page(request: Request) -> Response:
     """The web page."""
-    return _send(request, "index.html")
+    return _send(request, _PAGE)
 
 
-@router.get("/ui/style.css")
-async def style(request: Request) -> Response:
-    return _send(request, "style.css")
-
-
-@router.get("/ui/app.js")
-async def script(request: Request) -> Response:
-    return _send(request, "app.js")
-
-
-@router.get("/ui/icon.svg")
-async def icon(request: Request) -> Response:
-    return _send(request, "icon.svg")
+@router.get("/ui/{name}")
+async def file(name: str, request: Request) -> Response:
+    """One of the page's files."""
+    if name not in _FILES:
+        raise NotFound("the page has no such file")
+    return _send(request, name)
 
 
 def _send(request: Request, name: str) -> Response:
+    found = _read(name)
+    headers = {"ETag": found.etag, **_HEADERS}
+    if request.headers.get("if-none-match") == found.etag:
+        return Response(status_code=304, headers=headers)
+    return Response(found.content, headers=headers, media_type=found.media_type)
+
+
+@functools.cache
+def _read(name: str) -> _File:
     content = resources.files("service.ui").joinpath(name).read_bytes()
     etag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
-    headers = {
-        "ETag": etag,
-        "Cache-Control": "no-cache",
-        "Content-Security-Policy": _POLICY,
-        "Referrer-Policy": "no-referrer",
-        "X-Content-Type-Options": "nosniff",
-    }
-    if request.headers.get("if-none-match") == etag:
-        return Response(status_code=304, headers=headers)
-    return Response(content, headers=headers, media_type=_TYPES[name])
+    return _File(content, etag, _TYPES[PurePath(name).suffix])

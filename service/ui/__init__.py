@@ -1,1 +1,1 @@
-"""The web page: index.html, style.css, app.js, icon.svg, as they are sent."""
+"""The web page as it is sent: index.html, two style sheets, an icon, and modules from app.js on."""
