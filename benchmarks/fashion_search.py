@@ -99,7 +99,7 @@ def measure(
         tell(kind, kinds[kind])
     matched: dict[str, Any] = {}
     if model.has_fusion:
-        for score in get_args(RerankScore):
+        for score in arguments.scores:
             found = rerank(model, texts, exact, collection, k_test=arguments.k_test, score=score)
             matched[score] = recalls(found.hits, texts, own)
             matched[score]["pairs_per_second"] = found.pairs_per_second
@@ -150,6 +150,8 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--queries", type=int, default=2000)
     parser.add_argument("--kinds", nargs="+", default=["exact", "IVF128,SQ8", "HNSW32,Flat"])
     parser.add_argument("--k-test", type=int, default=16)
+    scores = ["matching+contrastive", "matching"]
+    parser.add_argument("--scores", nargs="+", choices=get_args(RerankScore), default=scores)
     parser.add_argument("--scratch", type=Path, help="where the collection is put meanwhile")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/fashion_search.json"))
     return parser.parse_args()

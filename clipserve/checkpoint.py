@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import init
 from torch.overrides import TorchFunctionMode
 
 from clipserve import __version__
@@ -255,6 +256,9 @@ def _load_network(architecture: dict[str, Any], directory: Path) -> nn.Module:
     return network.eval()
 
 
+_RANDOM_INITS = (init.normal_, init.uniform_, init.kaiming_uniform_, init.xavier_uniform_)
+
+
 class _NoRandomInit(TorchFunctionMode):
     """Leaves out the random numbers that loading would overwrite, most of the time it takes.
 
@@ -266,6 +270,8 @@ class _NoRandomInit(TorchFunctionMode):
     ) -> Any:
         if func in (Tensor.normal_, Tensor.uniform_):
             return args[0]
+        if func in _RANDOM_INITS:  # which would call those two with this mode off
+            return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
         return func(*args, **(kwargs or {}))
 
 

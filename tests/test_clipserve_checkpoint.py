@@ -11,6 +11,7 @@ import torch
 from albefs import CAPTIONS, timm_vision, tiny_albef
 from conftest import make_picture
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import clipserve
 from clipserve import checkpoint
@@ -258,3 +259,17 @@ def test_an_albef_without_its_vocabulary_is_damaged(albef_dir: Path) -> None:
     for verify in (True, False):
         with pytest.raises(CheckpointError, match="tokenizer"):
             checkpoint.load(albef_dir, verify=verify)
+
+
+def test_loading_fills_no_weights_with_random_numbers(model_dir: Path) -> None:
+    """It would take most of the time, and be overwritten."""
+    drawn = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            drawn.extend([str(func)] if "uniform_" in str(func) or "normal_" in str(func) else [])
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        checkpoint.load_for_training(model_dir)
+    assert drawn == []

@@ -7,7 +7,8 @@ import torch
 from conftest import encode, make_picture
 
 import clipserve
-from clipserve.embed import resolve_device, resolve_dtype
+from clipserve import checkpoint, embed
+from clipserve.embed import describe_precision, prepare, resolve_device, resolve_dtype
 from clipserve.errors import ConfigError, ImageError
 from clipserve.model import Model
 
@@ -56,6 +57,65 @@ def test_bf16_agrees_with_fp32_and_keeps_the_temperature(model_dir: Path) -> Non
     cosine = (full.embed_images(pictures) * half.embed_images(pictures)).sum(axis=1)
     assert cosine.min() > 0.9995
     assert half.logit_scale.item() == full.logit_scale.item()
+
+
+def test_where_the_hardware_has_it_bf16_is_chosen_by_measuring(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embed, "computes_bf16", lambda device: True)
+    model = clipserve.load(model_dir, device="cpu")
+    assert model.dtype == torch.bfloat16
+    assert model.bf16_cosine is not None
+    assert 0.999 < model.bf16_cosine < 1
+    assert describe_precision(model).startswith("bf16, cosine to fp32 at least 0.999")
+
+
+def test_a_model_that_bf16_would_change_stays_in_fp32_and_says_so(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    exact = clipserve.load(model_dir, device="cpu", dtype="fp32")
+    monkeypatch.setattr(embed, "computes_bf16", lambda device: True)
+    model = checkpoint.load_for_training(model_dir)
+    with torch.no_grad():  # a few rows where the sum of large numbers is small
+        model.network.visual.ln_post.bias += 1000.0
+        model.network.visual.proj -= model.network.visual.proj.mean(dim=0)
+    weights = model.network.visual.proj.clone()
+    with caplog.at_level(logging.WARNING):
+        prepare(model, "cpu")
+    assert model.dtype == torch.float32
+    assert torch.equal(model.network.visual.proj, weights)  # not what bf16 left of them
+    assert model.bf16_cosine is not None
+    assert "stays in fp32, for bf16 has a cosine to it of only" in caplog.text
+    assert {p.dtype for p in model.parameters()} == {p.dtype for p in exact.parameters()}
+
+
+def test_texts_are_the_same_in_any_layout(model_dir: Path) -> None:
+    usual = checkpoint.load_for_training(model_dir)  # as open_clip runs it
+    ours = clipserve.load(model_dir, device="cpu", dtype="fp32")
+    assert ours.network.transformer.batch_first is False
+    texts = ["a cat", "two red shoes on a table", "x " * 50]
+    np.testing.assert_allclose(ours.embed_texts(texts), usual.embed_texts(texts), atol=1e-6)
+    ids = ours.tokenizer(texts).ids
+    with torch.no_grad():
+        uncut = ours.encode_text(ids).numpy()
+    np.testing.assert_allclose(uncut, usual.embed_texts(texts), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("content", "threads"), [("150000 100000", 2), ("50000 100000", 1), ("max 100000", 4), ("", 4)]
+)
+def test_threads_are_bounded_by_what_the_container_may_use(
+    content: str, threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(embed.os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.setattr(embed, "_CPU_QUOTA", tmp_path / "cpu.max")
+    if content:
+        (tmp_path / "cpu.max").write_text(content + "\n")
+    embed.limit_threads()
+    assert [*asked, 4][0] == threads
 
 
 def test_unknown_devices_and_dtypes_are_named() -> None:
