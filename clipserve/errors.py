@@ -10,6 +10,7 @@
     |- ImageError             a picture: too large, not a picture, damaged
     |- TextError              a text: empty where one is needed
     |- IndexStoreError        a collection or an index: damaged, of another model, read-only
+    |  |- CollectionClosed    a collection that was closed, or dropped, before it was asked
     |  `- FilterError         a filter that is not one: unknown operator, wrong type, too large
     `- ServiceError          what `clipserve.Client` was answered
        |- ServiceUnreachable no answer: refused, broken off, or too late
@@ -78,6 +79,10 @@ class TextError(ClipserveError):
 
 class IndexStoreError(ClipserveError):
     """A collection or an index is damaged, made by another model, or not writable."""
+
+
+class CollectionClosed(IndexStoreError):
+    """A collection was closed before it was asked."""
 
 
 class FilterError(IndexStoreError):

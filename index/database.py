@@ -19,7 +19,7 @@ from typing import Any, Self
 
 import apsw
 
-from clipserve.errors import IndexStoreError
+from clipserve.errors import CollectionClosed, IndexStoreError
 from clipserve.files import sync
 from index import acknowledged
 from index.log import is_whole, num_frames
@@ -148,7 +148,7 @@ class Database:
     def connection(self) -> apsw.Connection:
         """This thread's own."""
         if self._is_closed:
-            raise IndexStoreError(f"collection {self.name!r} is closed; open it again")
+            raise CollectionClosed(f"collection {self.name!r} is closed; open it again")
         connection: apsw.Connection | None = getattr(self._local, "connection", None)
         if connection is None:
             connection = connect(self.path / DATABASE, self._mode)

@@ -3,38 +3,56 @@
 `create_app` takes a registry that is filled already; who made it closes it.
 """
 
-import contextlib
 import logging
-import signal
 import socket
-import sys
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import uvicorn
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from starlette.middleware.cors import CORSMiddleware
 
 from clipserve import __version__
-from clipserve.checkpoint import load
 from clipserve.errors import ConfigError
 from index.collection import DATABASE
+from service.auth import Authenticate, Browsers, check_exposure
+from service.compat import ROUTERS
+from service.drain import Gate, Lifecycle
 from service.errors import install_handlers
-from service.limits import RequestLimits
+from service.fetch import Fetcher
+from service.jobs import Jobs
+from service.keys import Keys
+from service.label_sets import load_label_sets
+from service.limits import Load, RequestLimits
+from service.logs import ObserveRequests
+from service.rate import RateLimit
 from service.registry import Registry
-from service.routes import classify, collections, embeddings, health, models, page, search
+from service.routes import (
+    classify,
+    collections,
+    embeddings,
+    health,
+    items,
+    jobs,
+    match,
+    models,
+    page,
+    search,
+)
 from service.schemas import body_schemas
-from service.settings import Settings
-from service.telemetry import CountRequests
+from service.server import Server, listen
+from service.settings import Settings, wants_tracing
+from service.tracing import start_tracing
 
 logger = logging.getLogger(__name__)
 
-_ROUTES = (embeddings, classify, search, collections, models, health, page)
+_ROUTES = (embeddings, classify, match, search, collections, items, jobs, models, health, page)
 
 
-def create_app(settings: Settings, registry: Registry) -> FastAPI:
+def create_app(
+    settings: Settings, registry: Registry, lifecycle: Lifecycle | None = None
+) -> FastAPI:
     """The ASGI application over what the registry serves."""
     app = FastAPI(
         title="clipserve",
@@ -42,13 +60,17 @@ def create_app(settings: Settings, registry: Registry) -> FastAPI:
         description="Embeddings, zero-shot classification and search with one image-text model.",
         redoc_url=None,
     )
+    lifecycle = lifecycle or Lifecycle()
+    registry.fetcher = Fetcher(settings) if settings.allow_fetch else None
     app.state.registry = registry
-    app.state.readiness = health.Readiness(registry)
-    for module in _ROUTES:
-        app.include_router(module.router)
+    app.state.has_keys = settings.api_keys_file is not None
+    app.state.label_sets = load_label_sets(settings.label_sets)
+    app.state.jobs = Jobs(registry)
+    app.state.readiness = health.Readiness(registry, lifecycle)
+    for router in (*(module.router for module in _ROUTES), *ROUTERS):
+        app.include_router(router)
     install_handlers(app)
-    app.add_middleware(RequestLimits, settings=settings)
-    app.add_middleware(CountRequests, telemetry=registry.telemetry)  # outermost: counts all
+    _add_middleware(app, settings, registry, lifecycle)
     _document(app)
     return app
 
@@ -56,84 +78,83 @@ def create_app(settings: Settings, registry: Registry) -> FastAPI:
 def serve(
     model_paths: Sequence[Path], collection_paths: Sequence[Path], settings: Settings
 ) -> None:
-    """Load everything, then answer until SIGTERM or SIGINT.
+    """Listen, load everything, answer until SIGTERM or SIGINT.
 
-    ConfigError if the port is taken (known before a model is loaded), CheckpointError and
-    IndexStoreError for what cannot be served.
+    ConfigError if the port is taken or others could come in without a key (known before a model is
+    loaded), CheckpointError and IndexStoreError for what cannot be served.
     """
     if not model_paths:
         raise ConfigError("no model is given; name at least one model directory")
-    with _bind(settings.host, settings.port) as listener:
+    check_exposure(settings)
+    with listen(settings.host, settings.port) as listener:
         registry = Registry(settings)
+        tracing = start_tracing() if wants_tracing() else None
+        registry.telemetry.tracing = tracing
+        lifecycle = Lifecycle("loading")
+
+        app = create_app(settings, registry, lifecycle)
+        server = Server(
+            app,
+            settings,
+            lifecycle,
+            load=lambda: _fill(registry, model_paths, collection_paths),
+            say_ready=lambda: _say_ready(app, registry, listener),
+        )
         try:
-            for path in model_paths:
-                registry.add_model(load(path)).pipeline.warm_up()
-            for path in [*collection_paths, *_find_collections(settings, collection_paths)]:
-                registry.add_collection(path)
-            _run(_Server(settings, registry), listener)
+            server.run_until_signal(listener)
         finally:
             registry.close()
+            if registry.fetcher is not None:
+                registry.fetcher.close()
+            if tracing is not None:
+                tracing.close()
+        if server.failure is not None:
+            raise server.failure
 
 
-def _run(server: uvicorn.Server, listener: socket.socket) -> None:
-    """Until a signal; uvicorn raises it again when all is done, which shall end in code 0."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    with contextlib.suppress(KeyboardInterrupt):
-        server.run(sockets=[listener])
-
-
-class _Server(uvicorn.Server):
-    """uvicorn, which says where it listens when everything is ready."""
-
-    def __init__(self, settings: Settings, registry: Registry) -> None:
-        config = uvicorn.Config(
-            create_app(settings, registry),
-            log_config=None,  # the command line sets logging up
-            access_log=False,
-            server_header=False,
-            ws="none",
-            timeout_graceful_shutdown=round(settings.shutdown_timeout_s) or 1,
+def _add_middleware(
+    app: FastAPI, settings: Settings, registry: Registry, lifecycle: Lifecycle
+) -> None:
+    """What a request passes before any route, here from the inside out."""
+    keys = None if settings.api_keys_file is None else Keys(settings.api_keys_file)
+    held = Load(settings)
+    registry.telemetry.watch_load(lambda: held.requests, lambda: held.bytes)
+    app.add_middleware(RequestLimits, settings=settings, load=held)
+    app.add_middleware(
+        Authenticate,
+        keys=keys,
+        rate=RateLimit(settings.rate_limit_per_minute),
+        browsers=Browsers(settings),
+    )
+    app.add_middleware(Gate, lifecycle=lifecycle)
+    if settings.cors_origins:  # a browser's question beforehand comes without a key
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST", "PUT", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=["*"],
         )
-        super().__init__(config)
-        self._registry = registry
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        if self.started and sockets:
-            host, port = sockets[0].getsockname()[:2]
-            address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-            logger.info(
-                "ready at %s with models: %s; collections: %s",
-                address,
-                ", ".join(
-                    f"{m.name} ({m.fingerprint[:12]})" for m in self._registry.models.values()
-                ),
-                ", ".join(self._registry.collections) or "none",
-            )
+    app.add_middleware(ObserveRequests, telemetry=registry.telemetry)
 
 
-def _bind(host: str, port: int) -> socket.socket:
-    """A listening socket; ConfigError says why there is none."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        # With the protocol named, or asyncio sets no TCP_NODELAY and every answer takes 40 ms more.
-        listener = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise ConfigError(f"host {host!r} cannot be listened on: {error.strerror}") from None
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(2048)
-    except OSError as error:
-        listener.close()
-        raise ConfigError(
-            f"cannot listen on {host} port {port}: {error.strerror}; stop what uses it, or give"
-            " another --port"
-        ) from None
-    return listener
+def _fill(registry: Registry, models: Sequence[Path], collections: Sequence[Path]) -> None:
+    for path in models:
+        registry.load_model(path)
+    for path in [*collections, *_find_collections(registry.settings, collections)]:
+        registry.add_collection(path)
+
+
+def _say_ready(app: FastAPI, registry: Registry, listener: socket.socket) -> None:
+    app.state.jobs.resume()
+    host, port = listener.getsockname()[:2]
+    address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    logger.info(
+        "ready at %s with models: %s; collections: %s",
+        address,
+        ", ".join(f"{m.name} ({m.fingerprint[:12]})" for m in registry.models.values()),
+        ", ".join(registry.collections) or "none",
+    )
 
 
 def _find_collections(settings: Settings, named: Sequence[Path]) -> list[Path]:

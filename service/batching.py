@@ -1,89 +1,68 @@
-"""One thread owns the model; the items of all requests meet here and leave in batches.
+"""One model's queue: the items of all requests meet here and leave in batches.
 
-A batch is formed at the moment the model is free, so it holds everything that arrived while the
-last one ran: nothing sleeps, polls or waits for more. Pictures and texts go apart; whichever has
-waited longest goes first. Start at `Batcher.admit`. Life of an item: admitted (it has a slot),
-prepared elsewhere, `put` into the queue, run, settled with a row or an error (the slot is free).
+A batch is formed at the moment the model is free, of everything that arrived while the last one
+ran: nothing sleeps, polls or waits for more. What waits is prepared already, on the device if that
+is a GPU, so forming a batch takes no time that the device could use. Start at `Batcher.admit`. Life
+of an item: admitted (it has a slot), prepared elsewhere, `put` into the queue, run, settled with an
+answer or an error (the slot is free).
 
-Legend: N items of a batch, E embedding.
+What is next is `scheduler.py`'s to say, running it `worker.py`'s. Here are the slots, and the
+supervisor: a model's thread that died is replaced at once, one that hangs is left behind.
 """
 
-import itertools
 import logging
+import math
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, Protocol
 
-import numpy as np
-
 from service.errors import ModelFailed, NotReady, Overloaded
+from service.scheduler import Abandoned, Item, Priority, Schedule
+from service.scheduler import Job as Job
+from service.scheduler import Kind as Kind
+from service.worker import Encode as Encode
+from service.worker import Worker
 
 logger = logging.getLogger(__name__)
 
-Kind = Literal["image", "text"]
-KINDS: tuple[Kind, Kind] = ("image", "text")
-Encode = Callable[[Sequence[Any]], np.ndarray]
+Cached = Kind | Literal["head"]
+
 _MAX_RESTART_DELAY_S = 5.0
+_MAX_DOUBLINGS = 10
+_MAX_RETRY_AFTER_S = 600
+_CLOSE_PATIENCE_S = 10.0
+_CLOSING = "the service is shutting down"
 
 
 class Observer(Protocol):
-    """Who is told of every batch."""
+    """Who is told what a model does."""
 
-    def batch(self, kind: Kind, size: int, seconds: float, waited_s: float) -> None: ...
+    def batch(self, kind: Kind, size: int, seconds: float, waited_s: float) -> None:
+        """A batch was run; its oldest item waited so long."""
 
-    def restart(self) -> None: ...
+    def padding(self, fraction: float) -> None:
+        """Of the tokens of a batch of texts, so many stand for nothing."""
 
+    def stage(self, name: str, kind: Kind, seconds: float) -> None:
+        """Work beside the model took so long: "decode" of an image, "tokenize" of texts."""
 
-class Job:
-    """The items of one request. Each is settled once, with a row (E,) or an error."""
+    def cache_hit(self, kind: Cached) -> None:
+        """A vector, or a class head, was there, or on its way for another request."""
 
-    def __init__(self, size: int, free_slot: Callable[[], None]) -> None:
-        self.results: list[np.ndarray | Exception | None] = [None] * size
-        self.done: Future[None] = Future()
-        self.done.set_running_or_notify_cancel()  # so that a waiter cannot cancel it
-        self._unsettled = size
-        self._free_slot = free_slot
-        self._lock = threading.Lock()
-        if not size:
-            self.done.set_result(None)
+    def cache_miss(self, kind: Cached) -> None:
+        """It has to be computed."""
 
-    def settle(self, index: int, result: np.ndarray | Exception) -> None:
-        """Later results for an item that is settled are dropped."""
-        with self._lock:
-            if self.results[index] is not None:
-                return
-            self.results[index] = result
-            self._unsettled -= 1
-            last = self._unsettled == 0
-        self._free_slot()
-        if last:
-            self.done.set_result(None)
-
-    def is_settled(self, index: int) -> bool:
-        return self.results[index] is not None
-
-
-@dataclass(frozen=True, eq=False)
-class _Item:
-    job: Job
-    index: int
-    data: Any
-    arrival: int
-    """order over all kinds"""
-    arrived_s: float
-
-    def settle(self, result: np.ndarray | Exception) -> None:
-        self.job.settle(self.index, result)
+    def restart(self) -> None:
+        """The model's thread died, or was left behind, and is replaced."""
 
 
 class Batcher:
-    """The queue of one model and the thread that empties it.
+    """The queue of one model and the threads that empty it.
 
-    `encode[kind]` takes the prepared items of a batch and gives their vectors (N, E).
+    `encode[kind]` takes the prepared items of a batch and gives their answers. `threads`: on a GPU
+    a second one forms and launches the next batch while the first waits for its own. A call that
+    takes longer than `max_call_s` by the clock is given up.
     """
 
     def __init__(
@@ -94,37 +73,58 @@ class Batcher:
         max_items: int,
         observer: Observer,
         name: str = "model",
+        threads: int = 1,
+        max_call_s: float = 120.0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._encode = encode
-        self._max_batch = max_batch
+        self._schedule = Schedule(max_batch)
         self._max_items = max_items
         self._observer = observer
         self._name = name
-        self._queues: dict[Kind, deque[_Item]] = {kind: deque() for kind in KINDS}
-        self._arrivals = itertools.count()
-        self._changed = threading.Condition()
-        self._open_items = 0
-        self._seconds_per_item = 0.05  # moving average, for Retry-After
-        self._running: list[_Item] = []
-        self._closing = False
+        self._num_threads = threads
+        self._max_call_s = max_call_s
+        self._clock = clock
+        self._lock = threading.RLock()
+        self._arrived = threading.Condition(self._lock)
+        self._watch = threading.Condition(self._lock)
+        self._workers: list[Worker] = []
         self._supervisor: threading.Thread | None = None
+        self._is_watching = False
+        self._open_items = 0
+        self._seconds_per_item: float | None = None  # moving average, for Retry-After
+        self._losses = 0
+        self._not_before_s = -math.inf
+        self._is_serving = True
+        self._closing = False
 
     def close(self) -> None:
-        """Finish the running batch, refuse the rest, and join the threads."""
-        with self._changed:
-            self._closing = True
-            self._changed.notify_all()
-        if self._supervisor is not None:
-            self._supervisor.join(timeout=10)
-        self._fail_queued()
+        """Finish the running batch, refuse the rest, and wait for the threads."""
+        self.shut()
+        with self._lock:
+            workers, supervisor = list(self._workers), self._supervisor
+        for worker in workers:
+            worker.join(_CLOSE_PATIENCE_S)
+        if supervisor is not None:
+            supervisor.join(_CLOSE_PATIENCE_S)
 
-    def admit(self, size: int, *, urgent: bool = False) -> Job:
-        """Slots for `size` items, all or none. Raises Overloaded; `urgent` needs no free slots."""
-        with self._changed:
+    def shut(self) -> None:
+        """As `close`, but wait for nothing."""
+        with self._lock:
+            self._closing = True
+            waiting = self._schedule.clear()
+            self._arrived.notify_all()
+            self._watch.notify_all()
+        for item in waiting:
+            item.settle(NotReady(_CLOSING))
+
+    def admit(self, size: int, *, priority: Priority = "interactive") -> Job:
+        """Slots for `size` items, all or none. Raises Overloaded, but never for urgent ones."""
+        with self._lock:
             if self._closing:
-                raise NotReady("the service is shutting down")
+                raise NotReady(_CLOSING)
             self._start()
-            if not urgent and self._open_items + size > self._max_items:
+            if priority != "urgent" and self._open_items + size > self._max_items:
                 raise Overloaded(
                     f"{self._open_items} items are waiting for the model and at most"
                     f" {self._max_items} may; come back later or send fewer",
@@ -133,17 +133,25 @@ class Batcher:
             self._open_items += size
         return Job(size, self._free_slot)
 
-    def put(self, job: Job, index: int, kind: Kind, data: Any, *, urgent: bool = False) -> None:
-        """Queue a prepared item; an `urgent` one goes to the front."""
-        with self._changed:
-            if not self._closing and not job.is_settled(index):
-                arrival = -1 if urgent else next(self._arrivals)
-                item = _Item(job, index, data, arrival, time.monotonic())
-                queue = self._queues[kind]
-                queue.appendleft(item) if urgent else queue.append(item)
-                self._changed.notify_all()
-                return
-        job.settle(index, NotReady("the service is shutting down"))
+    def put(
+        self,
+        job: Job,
+        kind: Kind,
+        prepared: Iterable[tuple[int, Any]],
+        priority: Priority = "interactive",
+    ) -> None:
+        """Queue items of a job, each with its place in it."""
+        refused = []
+        with self._lock:
+            now = self._clock()
+            for index, data in prepared:
+                if self._closing:
+                    refused.append(index)
+                elif not job.is_settled(index):
+                    self._schedule.add(Item(job, index, kind, data, priority, now))
+            self._arrived.notify()
+        for index in refused:
+            job.settle(index, NotReady(_CLOSING))
 
     def abandon(self, job: Job) -> None:
         """Nobody waits for this job any more: its items leave the queue, its slots are free."""
@@ -151,103 +159,141 @@ class Batcher:
             return
         # Settled first: a `put` after that leaves them alone, one before it is swept out here.
         for index in range(len(job.results)):
-            job.settle(index, NotReady("the request was abandoned"))
-        with self._changed:
-            for kind, queue in self._queues.items():
-                self._queues[kind] = deque(item for item in queue if item.job is not job)
+            job.settle(index, Abandoned("the request was abandoned"))
+        with self._lock:
+            self._schedule.drop(job)
+
+    def inspect(self) -> None:
+        """Replace a thread that died or hangs. The supervisor does it in time; this does it now."""
+        for worker in self._take_lost():
+            for item in worker.held:
+                item.settle(ModelFailed("the model's thread was lost while it held this item"))
+        self._fill()
 
     @property
     def open_items(self) -> int:
         """Items admitted and not settled: being prepared, queued or running."""
         return self._open_items
 
+    @property
+    def is_serving(self) -> bool:
+        """False from the loss of a thread until an item, such as a canary, has been answered."""
+        return self._is_serving
+
     def _start(self) -> None:
         if self._supervisor is None:
+            self._fill()
             self._supervisor = threading.Thread(
                 target=self._supervise, name=f"supervise-{self._name}", daemon=True
             )
             self._supervisor.start()
 
+    def _fill(self) -> None:
+        """Start the threads that are missing, unless it is too early."""
+        with self._lock:
+            while len(self._workers) < self._num_threads and not self._closing:
+                if self._clock() < self._not_before_s:
+                    return
+                worker = Worker(
+                    self._name, self._encode, self._take, self._ran, self._ended, self._clock
+                )
+                self._workers.append(worker)
+                worker.start()
+
+    def _supervise(self) -> None:
+        while True:
+            self.inspect()
+            with self._lock:
+                if self._closing:
+                    return
+                if not self._lost():
+                    patience = self._patience_s()
+                    self._is_watching = patience is not None
+                    self._watch.wait(patience)
+                    self._is_watching = False
+
+    def _patience_s(self) -> float | None:
+        """Until there may be something to do; None while nothing runs and none is missing."""
+        times = [
+            worker.called_s + self._max_call_s
+            for worker in self._workers
+            if worker.called_s is not None
+        ]
+        if len(self._workers) < self._num_threads:
+            times.append(self._not_before_s)
+        return max(0.0, min(times) - self._clock()) if times else None
+
+    def _lost(self) -> list[Worker]:
+        now = self._clock()
+        return [
+            worker
+            for worker in self._workers
+            if worker.has_ended
+            or (worker.called_s is not None and now - worker.called_s >= self._max_call_s)
+        ]
+
+    def _take_lost(self) -> list[Worker]:
+        """Strike them off. The first is replaced at once, later ones with growing delay."""
+        with self._lock:
+            lost = [] if self._closing else self._lost()
+            for worker in lost:
+                self._workers.remove(worker)
+                self._is_serving = False
+                delay = 0.05 * 2 ** min(self._losses, _MAX_DOUBLINGS) if self._losses else 0.0
+                self._not_before_s = self._clock() + min(delay, _MAX_RESTART_DELAY_S)
+                self._losses += 1
+                what = "hangs and is left behind" if not worker.has_ended else "died"
+                logger.error("%s: the model's thread %s; starting another", self._name, what)
+                self._observer.restart()
+        return lost
+
+    def _take(self, worker: Worker) -> list[Item] | None:
+        """Wait for a batch; None if this worker is to end."""
+        with self._lock:
+            self._arrived.wait_for(
+                lambda: self._closing or worker not in self._workers or bool(self._schedule)
+            )
+            if self._closing or worker not in self._workers:
+                self._arrived.notify()  # it may have been meant for another
+                return None
+            batch = self._schedule.next_batch()
+            worker.hold(batch)
+            if self._schedule:
+                self._arrived.notify()
+            if not self._is_watching:
+                self._watch.notify()
+            return batch
+
+    def _ran(self, worker: Worker, items: list[Item], results: list[Any], seconds: float) -> None:
+        with self._lock:
+            if worker not in self._workers:
+                return
+            if not all(isinstance(result, Exception) for result in results):
+                self._is_serving, self._losses = True, 0
+            if items[0].kind != "call":  # it may be anything, and is no picture or text
+                self._note_speed(len(items), seconds)
+        started = self._clock() - seconds
+        waited = started - min(item.arrived_s for item in items)
+        for job, arrived_s in {item.job: item.arrived_s for item in items}.items():
+            job.notes.ran(max(0.0, started - arrived_s), seconds)
+        self._observer.batch(items[0].kind, len(items), seconds, max(0.0, waited))
+
+    def _ended(self, worker: Worker) -> None:
+        with self._lock:
+            self._watch.notify()
+
+    def _note_speed(self, size: int, seconds: float) -> None:
+        own = seconds / size
+        if self._seconds_per_item is None:
+            self._seconds_per_item = own
+        kept = 0.98**size  # the last fifty items count
+        self._seconds_per_item = kept * self._seconds_per_item + (1 - kept) * own
+
     def _free_slot(self) -> None:
-        with self._changed:
+        with self._lock:
             self._open_items -= 1
 
     def _retry_after_s(self) -> int:
-        return max(1, min(60, round(self._open_items * self._seconds_per_item)))
-
-    def _supervise(self) -> None:
-        """Run the model's thread; when it dies, fail what it held and start another."""
-        for deaths in itertools.count(1):
-            worker = threading.Thread(target=self._work, name=self._name, daemon=True)
-            worker.start()
-            worker.join()
-            for item in self._running:
-                item.settle(ModelFailed("the model's thread died while it held this item"))
-            self._running = []
-            with self._changed:
-                if self._closing:
-                    return
-                logger.error("%s: the model's thread died; starting another", self._name)
-                self._observer.restart()
-                delay = min(0.05 * 2**deaths, _MAX_RESTART_DELAY_S)
-                self._changed.wait_for(lambda: self._closing, timeout=delay)
-
-    def _work(self) -> None:
-        try:
-            while batch := self._next_batch():
-                self._running = batch[1]
-                self._run(*batch)
-                self._running = []
-        except BaseException:  # whatever it is, the supervisor takes over; the log says what
-            logger.critical("%s: the model's thread stops", self._name, exc_info=True)
-
-    def _next_batch(self) -> tuple[Kind, list[_Item]] | None:
-        """Wait for items; None when closing."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._closing or any(self._queues.values()))
-            if self._closing:
-                return None
-            waiting = [kind for kind in KINDS if self._queues[kind]]
-            kind = min(waiting, key=lambda kind: self._queues[kind][0].arrival)
-            queue = self._queues[kind]
-            size = min(len(queue), self._max_batch[kind])
-            return kind, [queue.popleft() for _ in range(size)]
-
-    def _run(self, kind: Kind, items: list[_Item]) -> None:
-        started = time.monotonic()
-        waited = started - min(item.arrived_s for item in items)
-        try:
-            rows = self._encode[kind]([item.data for item in items])
-        except Exception as error:
-            logger.exception("%s: a batch of %d %ss failed", self._name, len(items), kind)
-            results: list[np.ndarray | Exception] = [_failed(error) for _ in items]
-        else:
-            results = _checked(rows, len(items))
-        seconds = time.monotonic() - started
-        self._seconds_per_item += 0.1 * (seconds / len(items) - self._seconds_per_item)
-        self._observer.batch(kind, len(items), seconds, waited)
-        for item, result in zip(items, results, strict=True):
-            item.settle(result)
-
-    def _fail_queued(self) -> None:
-        with self._changed:
-            items = [item for queue in self._queues.values() for item in queue]
-            for queue in self._queues.values():
-                queue.clear()
-        for item in items:
-            item.settle(NotReady("the service is shutting down"))
-
-
-def _failed(error: Exception) -> ModelFailed:
-    return ModelFailed(f"the model failed on this batch ({type(error).__name__}); try again")
-
-
-def _checked(rows: np.ndarray, size: int) -> list[np.ndarray | Exception]:
-    """The rows (N, E), or an error in place of each that is not a finite vector."""
-    if rows.ndim != 2 or len(rows) != size:
-        return [ModelFailed("the model gave the wrong number of vectors")] * size
-    finite = np.isfinite(rows).all(axis=1)
-    return [
-        row if good else ModelFailed("the model gave a vector that is not finite")
-        for row, good in zip(rows, finite, strict=True)
-    ]
+        """When all that is waiting now will have been answered, at the speed seen so far."""
+        seconds = self._open_items * (self._seconds_per_item or 0.0) / self._num_threads
+        return max(1, min(_MAX_RETRY_AFTER_S, math.ceil(seconds)))

@@ -1,8 +1,10 @@
 """What a client is told when something is wrong: one table, one body.
 
 Routes raise; nobody builds error replies but `error_response`. The body is always
-{"error": {"message", "type", "param", "code"}}. A message never repeats the request's content and
-never holds a path of this machine: what might is logged here and replaced.
+{"error": {"message", "type", "param", "code"}}, the code once more in the header X-Clipserve-Error,
+for logs and metrics. A message never repeats the request's content, but for the few characters that
+a filter's error points at, and never holds a path of this machine: what might is logged here and
+replaced.
 """
 
 import logging
@@ -15,9 +17,19 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from clipserve.errors import ClipserveError, ImageError, IndexStoreError, TextError
+from clipserve.errors import (
+    CheckpointError,
+    ClipserveError,
+    CollectionClosed,
+    FilterError,
+    ImageError,
+    IndexStoreError,
+    TextError,
+)
 
 logger = logging.getLogger(__name__)
+
+ERROR_HEADER = "x-clipserve-error"
 
 
 class RequestError(ClipserveError):
@@ -30,12 +42,24 @@ class RequestError(ClipserveError):
         self.headers: dict[str, str] = {}
 
 
+class Unauthorized(RequestError):
+    """A request without a key that is known here."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.headers = {"WWW-Authenticate": "Bearer"}
+
+
 class NotFound(RequestError):
     """A model, collection or item that is not here."""
 
 
 class Forbidden(RequestError):
-    """A change that the settings do not allow."""
+    """What the settings, or the scope of the key, do not allow."""
+
+
+class HeadersTooLarge(RequestError):
+    """More header lines, or longer ones, than allowed."""
 
 
 class SlowBody(RequestError):
@@ -57,8 +81,8 @@ class InvalidBody(RequestError):
 class Overloaded(RequestError):
     """More work is waiting than allowed; tells when to come back."""
 
-    def __init__(self, message: str, retry_after_s: int = 1) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, retry_after_s: int = 1, *, code: str | None = None) -> None:
+        super().__init__(message, code=code)
         self.headers = {"Retry-After": str(retry_after_s)}
 
 
@@ -76,22 +100,27 @@ class RequestTimeout(RequestError):
 
 _TABLE: dict[type[Exception], tuple[int, str, str]] = {
     RequestError: (400, "invalid_request_error", "invalid_request"),
+    FilterError: (400, "invalid_request_error", "invalid_filter"),
+    Unauthorized: (401, "authentication_error", "invalid_api_key"),
     NotFound: (404, "invalid_request_error", "not_found"),
+    CollectionClosed: (404, "invalid_request_error", "collection_not_found"),
     Forbidden: (403, "permission_error", "forbidden"),
     SlowBody: (408, "invalid_request_error", "body_timeout"),
     BodyTooLarge: (413, "invalid_request_error", "body_too_large"),
     UnsupportedBody: (415, "invalid_request_error", "unsupported_content_type"),
     InvalidBody: (422, "invalid_request_error", "invalid_body"),
+    CheckpointError: (422, "invalid_request_error", "invalid_checkpoint"),
     ImageError: (422, "invalid_request_error", "invalid_image"),
     TextError: (422, "invalid_request_error", "invalid_text"),
     Overloaded: (429, "overloaded_error", "overloaded"),
+    HeadersTooLarge: (431, "invalid_request_error", "headers_too_large"),
     ModelFailed: (500, "server_error", "model_failed"),
     NotReady: (503, "server_error", "not_ready"),
     RequestTimeout: (504, "server_error", "timeout"),
     IndexStoreError: (500, "server_error", "collection_failed"),
     Exception: (500, "server_error", "internal_error"),
 }
-_SAFE = (RequestError, ImageError, TextError)
+_SAFE = (RequestError, FilterError, ImageError, TextError)
 _CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
 
 
@@ -168,7 +197,11 @@ def _row(error: Exception) -> tuple[int, str, str]:
 def _message(error: Exception) -> str:
     if isinstance(error, _SAFE):
         return str(error)
+    if isinstance(error, CollectionClosed):
+        return "the collection was dropped"
     logger.error("a request failed: %s", error, exc_info=error)
+    if isinstance(error, CheckpointError):
+        return "the model could not be loaded, the old one stays; the server's log says why"
     if isinstance(error, IndexStoreError):
         return "the collection could not be read or written; the server's log says why"
     return "internal error; the server's log says why"
@@ -176,4 +209,5 @@ def _message(error: Exception) -> str:
 
 def _reply(status: int, fields: dict[str, Any], headers: Any = None) -> Response:
     body = orjson.dumps({"error": fields})
+    headers = {**(headers or {}), ERROR_HEADER: fields["code"]}
     return Response(body, status, headers, media_type="application/json")

@@ -1,17 +1,30 @@
 """Class heads that are kept: building one costs a text encoding per label and template.
 
 Requests that want the same head at the same time share one build, which stops when the last of
-them is gone. Kept heads are dropped least recently used first, by their number of labels.
+them is gone. Kept heads are dropped least recently used first, by their bytes.
 """
 
 import asyncio
+import hashlib
+import sys
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Hashable
+from collections.abc import Awaitable, Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import orjson
 
 from clipserve.prompts import ClassHead
 
 Build = Callable[[], Awaitable[ClassHead]]
+
+
+class Counter(Protocol):
+    """Who counts how often a head was there, or is being built, and how often not."""
+
+    def cache_hit(self, kind: Literal["head"]) -> None: ...
+
+    def cache_miss(self, kind: Literal["head"]) -> None: ...
 
 
 @dataclass(eq=False)
@@ -23,19 +36,24 @@ class _Building:
 class HeadCache:
     """An LRU of class heads; used from one event loop."""
 
-    def __init__(self, max_labels: int) -> None:
-        self._max_labels = max_labels
+    def __init__(self, max_bytes: int, counter: Counter) -> None:
+        self._max_bytes = max_bytes
+        self._counter = counter
         self._heads: OrderedDict[Hashable, ClassHead] = OrderedDict()
         self._building: dict[Hashable, _Building] = {}
-        self._num_labels = 0
+        self._num_bytes = 0
 
     async def get(self, key: Hashable, build: Build) -> ClassHead:
         """The head under `key`, built if it is not here. A build that fails is not kept."""
         if key in self._heads:
+            self._counter.cache_hit("head")
             self._heads.move_to_end(key)
             return self._heads[key]
         building = self._building.get(key)
-        if building is None:
+        if building is not None:
+            self._counter.cache_hit("head")
+        else:
+            self._counter.cache_miss("head")
             building = _Building(asyncio.ensure_future(build()))
             self._building[key] = building
         building.waiting += 1
@@ -53,13 +71,22 @@ class HeadCache:
         return head
 
     def _keep(self, key: Hashable, head: ClassHead) -> None:
-        if key in self._heads or len(head.labels) > self._max_labels:
+        if key in self._heads or _size(head) > self._max_bytes:
             return
         self._heads[key] = head
-        self._num_labels += len(head.labels)
-        while self._num_labels > self._max_labels:
+        self._num_bytes += _size(head)
+        while self._num_bytes > self._max_bytes:
             _, oldest = self._heads.popitem(last=False)
-            self._num_labels -= len(oldest.labels)
+            self._num_bytes -= _size(oldest)
 
     def __len__(self) -> int:
         return len(self._heads)
+
+
+def digest(labels: Sequence[str], templates: Sequence[str]) -> bytes:
+    """What stands for them in a key, which is kept as long as the head is."""
+    return hashlib.sha256(orjson.dumps([labels, templates])).digest()
+
+
+def _size(head: ClassHead) -> int:
+    return head.weights.nbytes + sum(map(sys.getsizeof, head.labels))

@@ -1,21 +1,30 @@
 """What clients call a picture, a text or a vector -> checked values.
 
-A picture is base64 or a data URI in JSON, bytes in a form. Never a path, and never a URL: nothing
-is fetched. Start at `parse_input`.
+A picture is base64 or a data URI in JSON, bytes in a form or as a body. Never a path. A URL is a
+`Link`, which nobody reads but `fetched`, and that only where the settings allow it. Start at
+`parse_input`.
 """
 
+import asyncio
 import base64
 import binascii
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from clipserve.prompts import template_sets
-from service.errors import RequestError
+from clipserve.errors import ClipserveError
+from clipserve.prompts import load_templates, template_sets
+from service.errors import InvalidBody, RequestError
 
-_URL_SCHEMES = ("http://", "https://", "ftp://", "file://", "s3://", "gs://")
+MAX_TEXT_CHARS = 10_000
+"""unless the settings say otherwise"""
+MAX_PROMPT_CHARS = 4_000_000
+"""of all labels in all templates of one classifier, filled in"""
+
+_FETCHED = ("http://", "https://")
+_URL_SCHEMES = (*_FETCHED, "ftp://", "file://", "s3://", "gs://")
 
 
 @dataclass(frozen=True)
@@ -30,6 +39,31 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class Link(Picture):
+    """A picture's URL in the place of its bytes; reading it is refused, `fetched` replaces it."""
+
+    param: str
+
+    @property
+    def url(self) -> str:
+        assert isinstance(self.data, str)
+        return self.data
+
+    def read(self) -> bytes:
+        raise _url_refused(self.param)
+
+
+@dataclass(frozen=True)
+class Unfetched(Picture):
+    """A picture that could not be had; reading it says why."""
+
+    error: Exception
+
+    def read(self) -> bytes:
+        raise self.error
+
+
+@dataclass(frozen=True)
 class Text:
     text: str
 
@@ -37,17 +71,47 @@ class Text:
 Input = Picture | Text
 
 
-def parse_input(value: Any, param: str, *, images: bool = False) -> Input:
+class Fetcher(Protocol):
+    """What gets the bytes behind a URL, under all the limits there are for that."""
+
+    async def get(self, url: str, param: str) -> bytes: ...
+
+
+async def fetched(inputs: Sequence[Input], fetcher: Fetcher | None) -> list[Input]:
+    """The inputs with pictures in the place of links; one that fails raises when it is read.
+
+    Without a fetcher links stay what they are.
+    """
+    if fetcher is None or not any(isinstance(item, Link) for item in inputs):
+        return list(inputs)
+    return await asyncio.gather(*(_fetch(item, fetcher) for item in inputs))
+
+
+async def _fetch(item: Input, fetcher: Fetcher) -> Input:
+    if not isinstance(item, Link):
+        return item
+    try:
+        return Picture(await fetcher.get(item.url, item.param))
+    except ClipserveError as error:
+        return Unfetched(b"", error)
+
+
+def parse_input(
+    value: Any, param: str, *, images: bool = False, max_chars: int = MAX_TEXT_CHARS
+) -> Input:
     """A string, {"text": ...} or {"image": ...}; with `images` a string is a picture."""
     if isinstance(value, dict):
         known = [key for key in ("text", "image") if key in value]
         if len(known) != 1 or len(value) != 1:
             raise RequestError(f'{param} must be {{"text": ...}} or {{"image": ...}}', param=param)
-        return parse_input_of(value[known[0]], f"{param}.{known[0]}", known[0] == "image")
-    return parse_input_of(value, param, images)
+        is_image = known[0] == "image"
+        return parse_input_of(value[known[0]], f"{param}.{known[0]}", is_image, max_chars)
+    return parse_input_of(value, param, images, max_chars)
 
 
-def parse_input_of(value: Any, param: str, is_image: bool) -> Input:
+def parse_input_of(
+    value: Any, param: str, is_image: bool, max_chars: int = MAX_TEXT_CHARS
+) -> Input:
     """A picture or a text from a string."""
     if isinstance(value, int | list):
         raise RequestError(
@@ -58,10 +122,12 @@ def parse_input_of(value: Any, param: str, is_image: bool) -> Input:
         )
     if not isinstance(value, str):
         raise RequestError(f"{param} must be a string", param=param)
-    return parse_picture(value, param) if is_image else parse_text(value, param)
+    return parse_picture(value, param) if is_image else parse_text(value, param, max_chars)
 
 
-def parse_text(text: str, param: str) -> Text:
+def parse_text(text: str, param: str, max_chars: int = MAX_TEXT_CHARS) -> Text:
+    """A text of at most so many characters, which is known before any of them is tokenised."""
+    check_length(text, param, max_chars)
     if not text.strip():
         raise RequestError(f"{param} is empty", param=param, code="empty_text")
     if text[:11].lower() == "data:image/":
@@ -73,16 +139,23 @@ def parse_text(text: str, param: str) -> Text:
     return Text(text)
 
 
-def parse_picture(text: str, param: str) -> Picture:
-    """From base64 or a data URI, which is decoded later."""
-    start = text[:16].lstrip().lower()
-    if start.startswith(_URL_SCHEMES):
-        raise RequestError(
-            f"{param} is a URL, and this service fetches none; send the picture itself as base64,"
-            " a data URI, or a file in a form",
+def check_length(text: str, param: str, max_chars: int) -> None:
+    """InvalidBody for a text of more characters."""
+    if len(text) > max_chars:
+        raise InvalidBody(
+            f"{param} has {len(text)} characters; at most {max_chars} are read",
             param=param,
-            code="url_not_allowed",
+            code="text_too_long",
         )
+
+
+def parse_picture(text: str, param: str) -> Picture:
+    """From base64 or a data URI, which is decoded later, or a URL, which `fetched` may follow."""
+    start = text[:16].lstrip().lower()
+    if start.startswith(_FETCHED):
+        return Link(text.strip(), param)
+    if start.startswith(_URL_SCHEMES):
+        raise _url_refused(param)
     if not text:
         raise RequestError(f"{param} is empty", param=param, code="invalid_image")
     return Picture(text)
@@ -106,7 +179,9 @@ def parse_vector(values: Sequence[float], embed_dim: int, param: str) -> np.ndar
     return (vector / np.linalg.norm(vector)).astype(np.float32)
 
 
-def parse_templates(value: str | Sequence[str]) -> str | tuple[str, ...]:
+def parse_templates(
+    value: str | Sequence[str], max_chars: int = MAX_TEXT_CHARS
+) -> str | tuple[str, ...]:
     """The name of a set, or templates that each hold {}. Never a file."""
     if isinstance(value, str):
         if value in template_sets():
@@ -120,6 +195,7 @@ def parse_templates(value: str | Sequence[str]) -> str | tuple[str, ...]:
             )
         value = [value]
     for index, template in enumerate(value):
+        check_length(template, f"templates[{index}]", max_chars)
         if "{}" not in template and "{c}" not in template:
             raise RequestError(
                 f"templates[{index}] has no {{}} for the label", param=f"templates[{index}]"
@@ -129,13 +205,32 @@ def parse_templates(value: str | Sequence[str]) -> str | tuple[str, ...]:
     return tuple(value)
 
 
-def parse_labels(labels: Sequence[str], limit: int) -> tuple[str, ...]:
+def check_prompts(labels: Sequence[str], templates: str | Sequence[str]) -> None:
+    """RequestError if labels in templates, filled in, would be more text than one request may."""
+    sets = load_templates(templates) if isinstance(templates, str) else templates
+    label_chars = sum(map(len, labels))
+    places = sum(template.count("{}") + template.count("{c}") for template in sets)
+    count = len(labels) * sum(map(len, sets)) + places * label_chars
+    if count > MAX_PROMPT_CHARS:
+        raise RequestError(
+            f"the labels in their templates have {count} characters; at most {MAX_PROMPT_CHARS}"
+            " are allowed in one request",
+            param="labels",
+            code="text_too_long",
+        )
+
+
+def parse_labels(
+    labels: Sequence[str], limit: int, max_chars: int = MAX_TEXT_CHARS
+) -> tuple[str, ...]:
     """Stripped, none empty, at least one and at most `limit`."""
-    stripped = tuple(label.strip() for label in labels)
-    if not stripped:
+    if not labels:
         raise RequestError("labels is empty; give at least one", param="labels")
-    if len(stripped) > limit:
-        raise RequestError(f"{len(stripped)} labels; at most {limit} are allowed", param="labels")
+    if len(labels) > limit:
+        raise RequestError(f"{len(labels)} labels; at most {limit} are allowed", param="labels")
+    for index, label in enumerate(labels):
+        check_length(label, f"labels[{index}]", max_chars)
+    stripped = tuple(label.strip() for label in labels)
     if "" in stripped:
         index = stripped.index("")
         raise RequestError(f"labels[{index}] is empty", param=f"labels[{index}]")
@@ -152,6 +247,15 @@ def check_count(count: int, limit: int, param: str) -> None:
             param=param,
             code="too_many_items",
         )
+
+
+def _url_refused(param: str) -> RequestError:
+    return RequestError(
+        f"{param} is a URL, and this service fetches none; send the picture itself as base64, a"
+        " data URI, or a file in a form",
+        param=param,
+        code="url_not_allowed",
+    )
 
 
 def _decode_base64(text: str) -> bytes:

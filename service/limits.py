@@ -1,24 +1,30 @@
 """What every request may cost, enforced before any route sees it, as one raw ASGI middleware.
 
-It counts the body while it arrives (never trusting Content-Length), bounds the bodies and requests
-held at once, and watches the client: when the connection closes, or the time is up, the route's
-task is cancelled, which takes its items out of the model's queue.
+It reads the headers for what is never right, counts the body while it arrives (never trusting
+Content-Length), bounds the bodies and requests held at once, and watches the client: when the
+connection closes, or the time is up, the route's task is cancelled, which takes its items out of
+the model's queue.
 """
 
 import asyncio
+import math
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import (
     BodyTooLarge,
+    HeadersTooLarge,
     Overloaded,
     RequestError,
     RequestTimeout,
     SlowBody,
+    UnsupportedBody,
     error_response,
 )
+from service.notes import notes
 from service.settings import Settings
 
+Headers = list[tuple[bytes, bytes]]
 _ALWAYS_SERVED = ("/health", "/metrics")
 
 
@@ -26,76 +32,93 @@ class ClientGone(Exception):
     """The connection closed before the body was complete."""
 
 
+class Load:
+    """The requests being served, and the bytes they hold."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self.requests = 0
+        self.bytes = 0
+
+    def check_requests(self) -> None:
+        """Overloaded if there are too many."""
+        if self.requests > self._settings.max_requests:
+            raise Overloaded(
+                f"{self._settings.max_requests} requests are being served; come back later"
+            )
+
+    def add(self, size: int) -> None:
+        """Overloaded if so many bytes more are too many."""
+        if self.bytes + size > self._settings.max_inflight_bytes:
+            raise Overloaded("too many bytes of requests are being served; come back later")
+        self.bytes += size
+
+
 class RequestLimits:
     """Reads the whole body within its limits, then runs the app on it within the time allowed."""
 
-    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings, load: Load | None = None) -> None:
         self._app = app
         self._settings = settings
-        self._requests = 0
-        self._bytes = 0
+        self._load = load or Load(settings)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        body = bytearray()
-        self._requests += 1
+        held = _Held(self._settings.max_body_bytes, self._load)
+        self._load.requests += 1
         try:
             if not scope["path"].startswith(_ALWAYS_SERVED):
-                self._check_load()
-            await self._read_body(scope, receive, body)
-            await self._run(scope, receive, send, bytes(body))
+                self._load.check_requests()
+            seconds = self._check_headers(scope, held)
+            body = await self._read_body(receive, held)
+            notes().hold = held.add
+            await self._run(scope, receive, send, body, seconds)
         except RequestError as error:
             await error_response(error)(scope, receive, send)
         except ClientGone:
             return
         finally:
-            self._requests -= 1
-            self._bytes -= len(body)
+            self._load.requests -= 1
+            self._load.bytes -= held.size
 
-    def _check_load(self) -> None:
-        if self._requests > self._settings.max_requests:
-            raise Overloaded(
-                f"{self._settings.max_requests} requests are being served; come back later"
+    def _check_headers(self, scope: Scope, held: "_Held") -> float:
+        """RequestError for a request that no route would read; how long its answer may take."""
+        headers: Headers = scope["headers"]
+        settings = self._settings
+        size = len(scope.get("query_string", b"")) + len(scope.get("raw_path") or b"")
+        size += sum(len(name) + len(value) for name, value in headers)
+        if len(headers) > settings.max_headers or size > settings.max_header_bytes:
+            raise HeadersTooLarge(
+                f"over {settings.max_headers} header lines or {settings.max_header_bytes} bytes of"
+                " them and the address"
             )
+        length = _content_length(headers)
+        held.check(length)
+        _check_body_is_plain(headers)
+        return min(settings.request_timeout_s, _wanted_timeout(headers))
 
-    async def _read_body(self, scope: Scope, receive: Receive, body: bytearray) -> None:
-        announced = dict(scope["headers"]).get(b"content-length", b"0")
-        if not announced.isdigit():
-            raise RequestError("Content-Length is not a number")
-        self._check_size(int(announced[:20]))
+    async def _read_body(self, receive: Receive, held: "_Held") -> bytes:
         limit = self._settings.body_timeout_s
+        body = bytearray()
         try:
             async with asyncio.timeout(limit):
-                await self._fill(receive, body)
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise ClientGone
+                    chunk = message.get("body", b"")
+                    held.add(len(chunk))
+                    body += chunk
+                    if not message.get("more_body", False):
+                        return bytes(body)
         except TimeoutError:
             raise SlowBody(f"the body took over {limit:g} s to arrive") from None
 
-    async def _fill(self, receive: Receive, body: bytearray) -> None:
-        """Append the chunks as they come; what `body` holds is counted in `_bytes`."""
-        while True:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise ClientGone
-            chunk = message.get("body", b"")
-            self._check_size(len(body) + len(chunk))
-            if self._bytes + len(chunk) > self._settings.max_inflight_bytes:
-                raise Overloaded("too many bytes of requests are being served; come back later")
-            body += chunk
-            self._bytes += len(chunk)
-            if not message.get("more_body", False):
-                return
-
-    def _check_size(self, size: int) -> None:
-        limit = self._settings.max_body_bytes
-        if size > limit:
-            raise BodyTooLarge(
-                f"the body is larger than {limit} bytes; send fewer or smaller items, or raise"
-                " CLIPSERVE_MAX_BODY_BYTES"
-            )
-
-    async def _run(self, scope: Scope, receive: Receive, send: Send, body: bytes) -> None:
+    async def _run(
+        self, scope: Scope, receive: Receive, send: Send, body: bytes, limit: float
+    ) -> None:
         started = False
 
         async def send_noting(message: Message) -> None:
@@ -103,20 +126,87 @@ class RequestLimits:
             started = True
             await send(message)
 
-        limit = self._settings.request_timeout_s
         watcher = asyncio.ensure_future(_wait_for_disconnect(receive))
         app = asyncio.ensure_future(self._app(scope, _replay(body, watcher), send_noting))
         try:
             await asyncio.wait({app, watcher}, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
             if started:  # let the answer go out
-                await asyncio.wait({app}, timeout=limit)
+                await asyncio.wait({app}, timeout=self._settings.request_timeout_s)
             if app.done():
                 await app
             elif not started and not watcher.done():
-                raise RequestTimeout(f"the answer took over {limit:g} s; its work was dropped")
+                raise RequestTimeout(
+                    f"the answer took over {limit:g} s and is not waited for; a write that was"
+                    " begun may still complete"
+                )
         finally:
             await _stop(app)
             await _stop(watcher)
+
+
+class _Held:
+    """The bytes that one request holds: its body, and what is fetched for it."""
+
+    def __init__(self, limit: int, load: Load) -> None:
+        self._limit = limit
+        self._load = load
+        self.size = 0
+
+    def check(self, size: int) -> None:
+        """BodyTooLarge if so many bytes more are too many for one request."""
+        if self.size + size > self._limit:
+            raise BodyTooLarge(
+                f"the body, with what is fetched for it, is larger than {self._limit} bytes; send"
+                " fewer or smaller items, or raise CLIPSERVE_MAX_BODY_BYTES"
+            )
+
+    def add(self, size: int) -> None:
+        self.check(size)
+        self._load.add(size)
+        self.size += size
+
+
+def _values(headers: Headers, name: bytes) -> list[bytes]:
+    return [value.strip() for key, value in headers if key == name]
+
+
+def _content_length(headers: Headers) -> int:
+    """What is announced, 0 if nothing is; two announcements are how requests are smuggled."""
+    lengths = _values(headers, b"content-length")
+    if len(lengths) > 1 or (lengths and _values(headers, b"transfer-encoding")):
+        raise RequestError("the length of the body is announced twice")
+    if not lengths:
+        return 0
+    if not lengths[0].isdigit():
+        raise RequestError("Content-Length is not a number")
+    return int(lengths[0][:20])
+
+
+def _check_body_is_plain(headers: Headers) -> None:
+    if any(value.lower() != b"identity" for value in _values(headers, b"content-encoding")):
+        raise UnsupportedBody("a compressed body is not read; send it without Content-Encoding")
+    kinds = _values(headers, b"content-type")
+    if len(kinds) > 1:
+        raise RequestError("Content-Type is given twice")
+    if kinds and kinds[0].lower().startswith(b"application/x-www-form-urlencoded"):
+        raise UnsupportedBody(
+            "an urlencoded form is not read; send JSON with the header Content-Type:"
+            " application/json, or multipart/form-data"
+        )
+
+
+def _wanted_timeout(headers: Headers) -> float:
+    """Seconds from X-Request-Timeout, for ever without it."""
+    values = _values(headers, b"x-request-timeout")
+    if not values:
+        return math.inf
+    try:
+        seconds = float(values[0])
+    except ValueError:
+        seconds = math.nan
+    if len(values) > 1 or not 0 < seconds < math.inf:
+        raise RequestError("X-Request-Timeout must be one number of seconds over 0")
+    return seconds
 
 
 def _replay(body: bytes, disconnected: "asyncio.Future[None]") -> Receive:

@@ -1,28 +1,35 @@
 """The pictures and texts of one request -> unit vectors, through the pool and the model's queue.
 
 Decoding and tokenising happen in a small thread pool, neither on the event loop nor on the model's
-thread. Each item succeeds or fails on its own. Start at `Pipeline.embed`.
+thread. Each item succeeds or fails on its own, and one whose content was seen before is not
+computed again. Start at `Pipeline.embed`.
 
-Legend: N items, T text tokens, E embedding.
+Legend: N items, E embedding.
 """
 
 import asyncio
-from collections.abc import Sequence
+import time
+import weakref
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from clipserve.embed import embed_ids, embed_pixels
-from clipserve.images import ImageLimits, decode_image, make_thumbnail
+from clipserve.embed import stage
+from clipserve.images import decode_image, make_thumbnail
 from clipserve.model import Model
-from clipserve.text import Tokens
-from service.batching import Batcher, Job, Observer
+from service.batching import Batcher, Job, Kind, Observer
+from service.caches import Caches, Entry, Key, Outcome, Turn, VectorCache, digest
+from service.encoding import Encoder, Pair, TextRow
+from service.errors import ModelFailed, NotReady
 from service.inputs import Input, Picture, Text
+from service.scheduler import Priority
 from service.settings import Settings
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -45,51 +52,119 @@ class Embedded:
         return np.stack([vector for vector in self.vectors if isinstance(vector, np.ndarray)])
 
 
+@dataclass(frozen=True, eq=False)
+class _Request:
+    job: Job
+    answer: Embedded
+    thumbnails: bool
+    priority: Priority
+
+    @property
+    def is_cached(self) -> bool:
+        """A canary must reach the model, and what comes in bulk comes once."""
+        return self.priority == "interactive" and not self.thumbnails
+
+
 class Pipeline:
-    """A model behind its queue."""
+    """A model behind its queue. Its threads end when nobody holds it any more, or at `close`."""
 
     def __init__(
-        self, model: Model, settings: Settings, pool: Executor, observer: Observer, name: str
+        self,
+        model: Model,
+        settings: Settings,
+        pool: Executor,
+        observer: Observer,
+        name: str,
+        caches: Caches | None = None,
     ) -> None:
         self._model = model
-        self._limits: ImageLimits = settings.image_limits
+        self._limits = settings.image_limits
         self._pool = pool
+        self.observer = observer
+        self._caches = caches or Caches(0, 0)
+        self._maker = f"{model.info.fingerprint}/{model.dtype}/{model.device.type}"
         # Texts do not wait behind pictures; one thread, for transformers' fast tokenizers are not
         # thread-safe.
         self._tokenizer_thread = ThreadPoolExecutor(1, f"tokenize-{name}")
+        self._encoder = Encoder(model, observer)
+        on_gpu = model.device.type == "cuda"
+        self._max_batch: dict[Kind, int] = {
+            "image": settings.max_image_batch,
+            "text": settings.max_text_batch,
+            "match": settings.max_image_batch,
+            "call": 1,
+        }
         self.batcher = Batcher(
-            {"image": self._encode_images, "text": self._encode_texts},
-            max_batch={"image": settings.max_image_batch, "text": settings.max_text_batch},
+            self._encoder.functions(),
+            max_batch=self._max_batch,
             max_items=settings.max_queue_items,
             observer=observer,
             name=name,
+            threads=2 if on_gpu else 1,
+            max_call_s=settings.max_batch_s,
         )
+        # Its threads hold the batcher and the encoder, never this object.
+        weakref.finalize(self, _end, self.batcher, self._tokenizer_thread)
 
     async def embed(
-        self, inputs: Sequence[Input], *, thumbnails: bool = False, urgent: bool = False
+        self,
+        inputs: Sequence[Input],
+        *,
+        thumbnails: bool = False,
+        priority: Priority = "interactive",
     ) -> Embedded:
         """Vectors of all inputs. Raises Overloaded before any work; cancelling drops the work."""
         size = len(inputs)
         answer = Embedded([], [0] * size, [False] * size, [None] * size)
-        job = self.batcher.admit(size, urgent=urgent)
+        job = self.batcher.admit(size, priority=priority)
+        request = _Request(job, answer, thumbnails, priority)
         try:
-            self._prepare(job, inputs, answer, thumbnails, urgent)
+            self._prepare(request, inputs)
             await asyncio.wrap_future(job.done)
         finally:
             self.batcher.abandon(job)
-        answer.vectors = [result for result in job.results if result is not None]
-        assert len(answer.vectors) == size
+        answer.vectors = list(job.results)
         return answer
 
-    def warm_up(self) -> None:
-        """A picture and a text through the queue, so that no client waits for first-time work.
+    async def match(
+        self, pairs: Sequence[tuple[Picture, Text]], *, priority: Priority = "interactive"
+    ) -> list[float | Exception]:
+        """How likely picture and text of each pair belong together; for a model with fusion layers.
+        Raises Overloaded before any work; cancelling drops the work."""
+        job = self.batcher.admit(len(pairs), priority=priority)
+        try:
+            every, arguments = range(len(pairs)), (job, pairs, priority)
+            self._submit(self._tokenizer_thread, self._tokenize_pairs, job, every, *arguments)
+            await asyncio.wrap_future(job.done)
+        finally:
+            self.batcher.abandon(job)
+        return [one if isinstance(one, Exception) else float(one) for one in job.results]
 
-        ModelFailed if the model cannot embed them.
-        """
-        tokens = self._model.tokenizer(["a text"])
+    async def run(self, function: Callable[[], T], *, priority: Priority = "interactive") -> T:
+        """What the function returns or raises, called on the model's thread, between batches."""
+        job = self.batcher.admit(1, priority=priority)
+        try:
+            self.batcher.put(job, "call", [(0, lambda: (function(),))], priority)
+            await asyncio.wrap_future(job.done)
+        finally:
+            self.batcher.abandon(job)
+        result: T = _returned(job)
+        return result
+
+    def warm_up(self) -> None:
+        """Batches of the sizes that matter, then a picture and a text through the queue, so that no
+        client waits for first-time work. ModelFailed if the model cannot embed them."""
+        pixels = np.zeros((3, *self._model.transform.size), np.uint8)
+        tokens = self._model.tokenizer(["a text " * self._model.context_length, "a text"])
+        rows = [TextRow(tokens.ids[i], tokens.lengths[i]) for i in (1, 0)]
+        for size in _sizes(self._max_batch["image"], self._model.device.type):
+            self._call(partial(self._encoder.encode_images, [stage(self._model, pixels)] * size))
+        for size in _sizes(self._max_batch["text"], self._model.device.type):
+            for row in rows:
+                self._call(partial(self._encoder.encode_texts, [row] * size))
         job = self.batcher.admit(2)
-        self.batcher.put(job, 0, "image", np.zeros((3, *self._model.transform.size), np.uint8))
-        self.batcher.put(job, 1, "text", (tokens.ids[0], tokens.lengths[0]))
+        self.batcher.put(job, "image", [(0, stage(self._model, pixels))])
+        self.batcher.put(job, "text", [(1, rows[0])])
         job.done.result()
         for result in job.results:
             if isinstance(result, Exception):
@@ -100,58 +175,192 @@ class Pipeline:
         self.batcher.close()
         self._tokenizer_thread.shutdown(cancel_futures=True)
 
-    def _prepare(
-        self,
-        job: Job,
-        inputs: Sequence[Input],
-        answer: Embedded,
-        thumbnails: bool,
-        urgent: bool,
-    ) -> None:
-        texts = [(index, item.text) for index, item in enumerate(inputs) if isinstance(item, Text)]
-        if texts:
-            self._tokenizer_thread.submit(self._tokenize, job, texts, answer, urgent)
+    def _call(self, function: Callable[[], Any]) -> None:
+        job = self.batcher.admit(1)
+        self.batcher.put(job, "call", [(0, lambda: (function(),))])
+        job.done.result()
+        try:
+            _returned(job)
+        except Exception as error:
+            raise ModelFailed(f"the model cannot embed: {error}") from error
+
+    def _prepare(self, request: _Request, inputs: Sequence[Input]) -> None:
+        texts = []
         for index, item in enumerate(inputs):
             if isinstance(item, Picture):
-                self._pool.submit(self._decode, job, index, item, answer, thumbnails)
+                self._submit(self._pool, self._read, request.job, [index], request, index, item)
+            elif self._is_mine(request, index, "text", item.text):
+                texts.append((index, item.text))
+        if texts:
+            self._submit_texts(request, texts)
 
-    def _tokenize(
-        self, job: Job, texts: list[tuple[int, str]], answer: Embedded, urgent: bool
+    def _submit(
+        self,
+        pool: Executor,
+        function: Callable[..., None],
+        job: Job,
+        indices: Sequence[int],
+        *arguments: Any,
+    ) -> None:
+        """Call the function in the pool; whatever it raises is these items' error, or they would
+        wait for ever."""
+        try:
+            pool.submit(_settle_errors, function, job, indices, *arguments)
+        except RuntimeError:  # the pool is closed
+            for index in indices:
+                job.settle(index, NotReady("the service is shutting down"))
+
+    def _submit_texts(self, request: _Request, texts: list[tuple[int, str]]) -> None:
+        indices = [index for index, _ in texts]
+        self._submit(self._tokenizer_thread, self._tokenize, request.job, indices, request, texts)
+
+    # The cache
+
+    def _is_mine(self, request: _Request, index: int, kind: Kind, content: str | bytes) -> bool:
+        """Whether this item is to be computed; else its answer is there, or comes from another."""
+        if not request.is_cached:
+            return True
+        cache = self._caches.texts if kind == "text" else self._caches.images
+        key = Key(self._maker, digest(content))
+        told = cache.ask(key, partial(self._be_told, cache, key, request, index, content))
+        if told is Turn.YOURS:
+            self.observer.cache_miss(kind)
+            self._promise(cache, key, request, index)
+            return True
+        self.observer.cache_hit(kind)
+        if isinstance(told, Entry):
+            _settle(request, index, told)
+        return False
+
+    def _be_told(
+        self,
+        cache: VectorCache,
+        key: Key,
+        request: _Request,
+        index: int,
+        content: str | bytes,
+        outcome: Outcome,
+    ) -> bool:
+        """The other one is done, or is gone and leaves it to this request, if that still waits."""
+        if outcome is not Turn.YOURS:
+            _settle(request, index, outcome)
+            return True
+        if request.job.is_settled(index):
+            return False
+        self._promise(cache, key, request, index)
+        if isinstance(content, str):
+            self._submit_texts(request, [(index, content)])
+        else:
+            self._submit(self._pool, self._decode, request.job, [index], request, index, content)
+        return True
+
+    def _promise(self, cache: VectorCache, key: Key, request: _Request, index: int) -> None:
+        """The cache will be told of the item's result."""
+
+        def tell(result: np.ndarray | Exception) -> None:
+            if isinstance(result, Exception):
+                cache.tell(key, result)
+            else:
+                answer = request.answer
+                entry = Entry(result, answer.num_tokens[index], answer.truncated[index])
+                cache.tell(key, entry)
+
+        request.job.when_settled(index, tell)
+
+    # In the pool
+
+    def _tokenize(self, request: _Request, texts: list[tuple[int, str]]) -> None:
+        if request.job.done.done():
+            return
+        started = time.perf_counter()
+        tokens = self._model.tokenizer([text for _, text in texts])
+        rows = []
+        for row, (index, _) in enumerate(texts):
+            request.answer.num_tokens[index] = tokens.lengths[row]
+            request.answer.truncated[index] = tokens.truncated[row]
+            rows.append((index, TextRow(tokens.ids[row], tokens.lengths[row])))
+        self.observer.stage("tokenize", "text", time.perf_counter() - started)
+        self.batcher.put(request.job, "text", rows, request.priority)
+
+    def _read(self, request: _Request, index: int, item: Picture) -> None:
+        if request.job.is_settled(index):
+            return
+        data = item.read()
+        if self._is_mine(request, index, "image", data):
+            self._decode(request, index, data)
+
+    def _decode(self, request: _Request, index: int, data: bytes) -> None:
+        if request.job.is_settled(index):
+            return
+        started = time.perf_counter()
+        picture = decode_image(data, self._limits)
+        if request.thumbnails:
+            request.answer.thumbnails[index] = make_thumbnail(picture)
+        pixels = self._model.transform.resize(picture)
+        self.observer.stage("decode", "image", time.perf_counter() - started)
+        staged = stage(self._model, pixels)
+        self.batcher.put(request.job, "image", [(index, staged)], request.priority)
+
+    def _tokenize_pairs(
+        self, job: Job, pairs: Sequence[tuple[Picture, Text]], priority: Priority
+    ) -> None:
+        """Then one task for each different picture decodes it and queues its pairs."""
+        tokens = self._model.tokenizer([text.text for _, text in pairs])
+        texts_of: dict[Picture, dict[int, TextRow]] = {}
+        for index, (picture, _) in enumerate(pairs):
+            text = TextRow(tokens.ids[index], tokens.lengths[index])
+            texts_of.setdefault(picture, {})[index] = text
+        for picture, texts in texts_of.items():
+            self._submit(
+                self._pool, self._decode_pairs, job, list(texts), job, picture, texts, priority
+            )
+
+    def _decode_pairs(
+        self, job: Job, picture: Picture, texts: dict[int, TextRow], priority: Priority
     ) -> None:
         if job.done.done():
             return
-        try:
-            tokens = self._model.tokenizer([text for _, text in texts])
-        except Exception as error:  # any failure must settle the items, or they wait for ever
-            for index, _ in texts:
-                job.settle(index, error)
-            return
-        for row, (index, _) in enumerate(texts):
-            answer.num_tokens[index] = tokens.lengths[row]
-            answer.truncated[index] = tokens.truncated[row]
-            data = (tokens.ids[row], tokens.lengths[row])
-            self.batcher.put(job, index, "text", data, urgent=urgent)
+        started = time.perf_counter()
+        pixels = self._model.transform.resize(decode_image(picture.read(), self._limits))
+        self.observer.stage("decode", "match", time.perf_counter() - started)
+        staged = stage(self._model, pixels)
+        pairs = [(index, Pair(staged, text)) for index, text in texts.items()]
+        self.batcher.put(job, "match", pairs, priority)
 
-    def _decode(
-        self, job: Job, index: int, item: Picture, answer: Embedded, thumbnails: bool
-    ) -> None:
-        if job.is_settled(index):
-            return
-        try:
-            picture = decode_image(item.read(), self._limits)
-            if thumbnails:
-                answer.thumbnails[index] = make_thumbnail(picture)
-            pixels = self._model.transform.resize(picture)
-        except Exception as error:  # any failure must settle the item, or it waits for ever
+
+def _end(batcher: Batcher, tokenizer_thread: ThreadPoolExecutor) -> None:
+    batcher.shut()
+    tokenizer_thread.shutdown(wait=False)
+
+
+def _settle(request: _Request, index: int, found: Entry | Exception) -> None:
+    if isinstance(found, Entry):
+        request.answer.num_tokens[index] = found.num_tokens
+        request.answer.truncated[index] = found.truncated
+        request.job.settle(index, found.vector)
+    else:
+        request.job.settle(index, found)
+
+
+def _settle_errors(
+    function: Callable[..., None], job: Job, indices: Sequence[int], *arguments: Any
+) -> None:
+    try:
+        function(*arguments)
+    except Exception as error:
+        for index in indices:
             job.settle(index, error)
-            return
-        self.batcher.put(job, index, "image", pixels)
 
-    def _encode_images(self, pixels: Sequence[Any]) -> np.ndarray:
-        return embed_pixels(self._model, pixels)
 
-    def _encode_texts(self, rows: Sequence[tuple[Tensor, int]]) -> np.ndarray:
-        """(N, E) from ids (T,) and their lengths; padding is left away where the model allows."""
-        ids = torch.stack([ids for ids, _ in rows])  # (N, T)
-        tokens = Tokens(ids, [length for _, length in rows], [])
-        return embed_ids(self._model, tokens.cut() if self._model.can_cut_text else ids)
+def _returned(job: Job) -> Any:
+    """What a call returned; raises what it raised."""
+    if isinstance(job.results[0], Exception):
+        raise job.results[0]
+    return job.results[0][0]
+
+
+def _sizes(largest: int, device: str) -> list[int]:
+    """Batch sizes to warm up: on a GPU each new shape costs once, on a CPU hardly."""
+    if device == "cuda":
+        return [size for size in (1, 2, 4, 8, 16, 32, 64, 128) if size < largest] + [largest]
+    return sorted({1, min(8, largest)})

@@ -1,99 +1,39 @@
 """What is served: models by name, collections by name, each collection bound to its model.
 
-Filled before the service starts (`add_model`, then `add_collection`), read by the routes. A
-collection whose model is not loaded is refused. It owns the thread pools and the metrics.
-
-Legend: C classes, M templates, E embedding.
+Filled before the service starts (`add_model`, then `add_collection`), read by the routes, changed
+by `reload`, `create_collection` and `drop_collection` from the event loop. A collection whose model
+is not loaded is refused. It owns the thread pools, the caches and the metrics.
 """
 
 import asyncio
-import contextlib
 import logging
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import re
+import shutil
+import uuid
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-import numpy as np
-
+from clipserve.embed import limit_threads
 from clipserve.errors import ConfigError, IndexStoreError
 from clipserve.model import Model
-from clipserve.prompts import ClassHead, fill, head_from_prompts, load_templates
-from index.collection import Collection
-from index.database import is_writable
-from index.maintain import Maintainer
+from index.collection import DATABASE, Collection
 from index.search import Searcher
+from service.caches import Caches
 from service.errors import Forbidden, NotFound, RequestError
-from service.heads import HeadCache
-from service.inputs import Text
+from service.fetch import Fetcher
 from service.pipeline import Pipeline
+from service.reload import Reloader, ReloadResult, load_checked
+from service.served import ServedCollection as ServedCollection
+from service.served import ServedModel as ServedModel
 from service.settings import Settings
 from service.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-
-class ServedModel:
-    """A model, its queue, and the heads made from it."""
-
-    def __init__(
-        self, model: Model, name: str, pipeline: Pipeline, heads: HeadCache, settings: Settings
-    ) -> None:
-        assert model.info.fingerprint is not None
-        self.model = model
-        self.name = name
-        self.fingerprint = model.info.fingerprint
-        self.pipeline = pipeline
-        self._heads = heads
-        self._settings = settings
-
-    async def head(self, labels: tuple[str, ...], templates: str | tuple[str, ...]) -> ClassHead:
-        """The classifier over checked labels and templates, as `model.zero_shot` makes it."""
-        sets = tuple(load_templates(templates)) if isinstance(templates, str) else templates
-        count, limit = len(labels) * len(sets), self._settings.max_prompts
-        if count > limit:
-            raise RequestError(
-                f"{len(labels)} labels in {len(sets)} templates are {count} texts; at most {limit}"
-                " are allowed in one request",
-                param="labels",
-                code="too_many_items",
-            )
-        key = (self.fingerprint, labels, sets)
-        return await self._heads.get(key, lambda: self._build_head(labels, sets))
-
-    async def _build_head(self, labels: tuple[str, ...], sets: tuple[str, ...]) -> ClassHead:
-        """Through the queue, in pieces, so that other requests get their turn in between."""
-        prompts = [Text(fill(template, label)) for label in labels for template in sets]
-        parts = []
-        for start in range(0, len(prompts), self._settings.max_text_batch):
-            piece = prompts[start : start + self._settings.max_text_batch]
-            parts.append((await self.pipeline.embed(piece)).rows())
-        return head_from_prompts(self.model, labels, np.concatenate(parts))
-
-
-class ServedCollection:
-    """An open collection and the model that made its vectors."""
-
-    def __init__(self, searcher: Searcher, model: ServedModel, settings: Settings) -> None:
-        self.searcher = searcher
-        self.collection: Collection = searcher.collection
-        self.name = searcher.collection.name
-        self.model = model
-        self._read_only = settings.read_only
-        self._running = contextlib.ExitStack()
-        if settings.rebuild_indexes and is_writable(searcher.collection.path):
-            self._running.enter_context(Maintainer(searcher))
-
-    def check_writable(self) -> None:
-        """Forbidden if the settings allow no changes."""
-        if self._read_only:
-            raise Forbidden("this service does not change collections; unset CLIPSERVE_READ_ONLY")
-
-    def close(self) -> None:
-        """Nobody may be searching any more."""
-        self._running.close()
-        self.searcher.close()
+_COLLECTION_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 class Registry:
@@ -102,21 +42,28 @@ class Registry:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.telemetry = Telemetry()
+        self.fetcher: Fetcher | None = None
         self.models: dict[str, ServedModel] = {}
         self.collections: dict[str, ServedCollection] = {}
         self.pool = ThreadPoolExecutor(settings.decode_threads, "decode")
         self._store = ThreadPoolExecutor(settings.search_threads, "search")
-        self._heads = HeadCache(settings.max_cached_labels)
+        self._in_store: set[Future[Any]] = set()
+        self._creating = asyncio.Lock()
+        self._admitting = asyncio.Lock()
+        self._caches = Caches(settings.text_cache_bytes, settings.image_cache_bytes)
+        self._reloader = Reloader(self)
+        limit_threads()
 
-    def add_model(self, model: Model) -> ServedModel:
+    def add_model(self, model: Model, path: Path | None = None) -> ServedModel:
         """Serve a saved model under its own name; a second of that name gets `@fingerprint`.
 
-        ConfigError for a model that was never saved, or is served already.
+        `path` is where it can be loaded from again. ConfigError for a model that was never saved,
+        or is served already.
         """
         fingerprint = model.info.fingerprint
         if fingerprint is None:
             raise ConfigError("a model without a fingerprint cannot be served; save it first")
-        if self._model_of(fingerprint) is not None:
+        if self.model_of(fingerprint) is not None:
             raise ConfigError(
                 f"model {model.info.name!r} with fingerprint {fingerprint[:12]} is given twice;"
                 " name it once"
@@ -124,12 +71,31 @@ class Registry:
         name = model.info.name
         if name in self.models:
             name = f"{name}@{fingerprint[:12]}"
-        observer = self.telemetry.observe_model(name)
-        pipeline = Pipeline(model, self.settings, self.pool, observer, name)
-        self.telemetry.watch_queue(name, lambda: pipeline.batcher.open_items)
-        served = ServedModel(model, name, pipeline, self._heads, self.settings)
-        self.models[name] = served
+        self.models[name] = self.prepare(model, name, path)
+        # By name: after a reload it is another model's queue.
+        self.telemetry.watch_queue(name, lambda: self.models[name].pipeline.batcher.open_items)
+        return self.models[name]
+
+    def load_model(self, path: Path) -> ServedModel:
+        """Load, serve and warm up the model of a directory. CheckpointError, and `add_model`'s."""
+        served = self.add_model(load_checked(path), path)
+        served.pipeline.warm_up()
         return served
+
+    def prepare(self, model: Model, name: str, path: Path | None) -> ServedModel:
+        """A model with a queue of its own, not served yet."""
+        observer = self.telemetry.observe_model(name)
+        pipeline = Pipeline(model, self.settings, self.pool, observer, name, self._caches)
+        return ServedModel(model, name, pipeline, self.settings, path)
+
+    async def reload(self, name: str, path: Path | None = None) -> ReloadResult:
+        """Load the model of that name anew, from `path` or from where it was; no request fails.
+
+        Its collections follow if the fingerprint is the same; else they stay with the old model,
+        which stays loaded for them, and are stale. Raises NotFound, CheckpointError, ConfigError
+        and ModelFailed, and then everything is as it was.
+        """
+        return await self._reloader.reload(name, path)
 
     def add_collection(self, path: Path) -> ServedCollection:
         """Open a collection for search; its model must have been added.
@@ -139,7 +105,7 @@ class Registry:
         """
         with Collection.open(path, read_only=True) as collection:
             name, fingerprint = collection.name, collection.fingerprint
-            model = self._model_of(fingerprint)
+            model = self.model_of(fingerprint)
             if model is None:
                 served = ", ".join(f"{m.name} ({m.fingerprint[:12]})" for m in self.models.values())
                 raise IndexStoreError(
@@ -154,6 +120,35 @@ class Registry:
         self.collections[name] = ServedCollection(searcher, model, self.settings)
         return self.collections[name]
 
+    async def create_collection(self, name: str, model_name: str | None = None) -> ServedCollection:
+        """A new, empty collection below `collections_root`.
+
+        Forbidden without that setting or in a service that changes nothing, RequestError for a name
+        that is taken or could leave the folder, NotFound for an unknown model.
+        """
+        root = self._writable_root()
+        if not _COLLECTION_NAME.fullmatch(name):
+            raise RequestError(
+                "a collection's name is 1 to 100 of the characters A-Z a-z 0-9 . _ - and begins"
+                " with a letter or digit",
+                param="name",
+                code="invalid_name",
+            )
+        return await asyncio.shield(self._create(root / name, self.model(model_name)))
+
+    async def drop_collection(self, name: str) -> None:
+        """Remove a collection below `collections_root` from the service and from disk.
+
+        Searches and writes under way are waited for; who comes later meets CollectionClosed.
+        Forbidden as for `create_collection`, and for
+        a collection that lies elsewhere; NotFound.
+        """
+        root = self._writable_root()
+        path = self.collection(name).collection.path
+        if path.resolve().parent != root.resolve():
+            raise Forbidden("this collection is not below CLIPSERVE_COLLECTIONS_ROOT and stays")
+        await asyncio.shield(self._drop(self.collections.pop(name), path))
+
     def model(self, name: str | None) -> ServedModel:
         """By name, or the first one. NotFound lists the known."""
         if name is None and self.models:
@@ -164,6 +159,11 @@ class Registry:
                 f"no such model; served here: {known}", param="model", code="model_not_found"
             )
         return self.models[name]
+
+    def model_of(self, fingerprint: str) -> ServedModel | None:
+        """The model that made vectors of this fingerprint; None if it is not served."""
+        served = list(self.models.values())
+        return next((model for model in served if model.fingerprint == fingerprint), None)
 
     def collection(self, name: str | None) -> ServedCollection:
         """By name, or the only one. NotFound lists the known."""
@@ -181,18 +181,68 @@ class Registry:
 
     async def in_store(self, function: Callable[..., T], *arguments: object) -> T:
         """Run a search or a write in its own pool, off the event loop."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._store, function, *arguments)
+        async with self._admitting:
+            future = self._store.submit(function, *arguments)
+            self._in_store.add(future)
+            future.add_done_callback(self._in_store.discard)
+        return await asyncio.wrap_future(future)
 
     def close(self) -> None:
         """Stop every thread, then close the collections."""
         self.pool.shutdown(cancel_futures=True)
         self._store.shutdown(cancel_futures=True)
-        for served in self.models.values():
+        models = {id(served.model): served.model for served in self.collections.values()}
+        models |= {id(served): served for served in self.models.values()}
+        for served in models.values():
             served.pipeline.close()
         for collection in self.collections.values():
             collection.close()
 
-    def _model_of(self, fingerprint: str) -> ServedModel | None:
-        served: Sequence[ServedModel] = list(self.models.values())
-        return next((model for model in served if model.fingerprint == fingerprint), None)
+    def _writable_root(self) -> Path:
+        if self.settings.read_only:
+            raise Forbidden("this service does not change collections; unset CLIPSERVE_READ_ONLY")
+        if self.settings.collections_root is None:
+            raise Forbidden(
+                "this service makes and drops no collections; set CLIPSERVE_COLLECTIONS_ROOT to a"
+                " folder for them"
+            )
+        return self.settings.collections_root
+
+    async def _create(self, path: Path, model: ServedModel) -> ServedCollection:
+        async with self._creating:
+            if path.name in self.collections or path.exists():
+                raise RequestError(
+                    "there is a collection of that name, or something else in its place; take"
+                    " another",
+                    param="name",
+                    code="collection_exists",
+                )
+            served = await self.in_store(self._make, path, model)
+            self.collections[path.name] = served
+            return served
+
+    def _make(self, path: Path, model: ServedModel) -> ServedCollection:
+        Collection.create(
+            path,
+            fingerprint=model.fingerprint,
+            model_name=model.name,
+            embed_dim=model.model.embed_dim,
+        ).close()
+        searcher = Searcher(path, fingerprint=model.fingerprint)
+        return ServedCollection(searcher, model, self.settings)
+
+    async def _drop(self, served: ServedCollection, path: Path) -> None:
+        async with self._admitting:  # nobody may be using what is closed, nor begin to
+            await asyncio.to_thread(self._close_idle, served)
+        await asyncio.to_thread(self._erase, path)
+
+    def _close_idle(self, served: ServedCollection) -> None:
+        wait(list(self._in_store))
+        served.close()
+
+    @staticmethod
+    def _erase(path: Path) -> None:
+        aside = path.with_name(f".dropped-{uuid.uuid4().hex}")
+        path.rename(aside)  # the name is free at once
+        (aside / DATABASE).unlink()  # without it the rest is no collection, whatever happens now
+        shutil.rmtree(aside)

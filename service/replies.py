@@ -1,7 +1,10 @@
 """Answers as bytes, written once: no response model walks over a million floats again."""
 
+import asyncio
+import io
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 from typing import Any
 from urllib.parse import quote
 
@@ -11,6 +14,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from service.registry import ServedModel
+
+OCTETS = "application/octet-stream"
+NPY = "application/x-npy"
+
+_SMALL = 4096
+"""numbers or objects that are written in less time than a pool takes to wake"""
 
 
 def reply(
@@ -25,9 +34,44 @@ def reply(
     all_headers = dict(headers or {})
     if model is not None:
         named |= {"model": model.name, "fingerprint": model.fingerprint}
-        all_headers["X-Clipserve-Model"] = quote(model.name)
-        all_headers["X-Clipserve-Fingerprint"] = model.fingerprint
+        all_headers |= model_headers(model)
     return Response(to_json(named), status, all_headers, media_type="application/json")
+
+
+async def written(pool: Executor, size: int, write: Callable[[], Response]) -> Response:
+    """What `write` makes of about `size` values; in the pool when that would hold up the loop."""
+    if size <= _SMALL:
+        return write()
+    return await asyncio.get_running_loop().run_in_executor(pool, write)
+
+
+def reply_rows(
+    rows: np.ndarray, media_type: str, model: ServedModel, headers: Mapping[str, str]
+) -> Response:
+    """Vectors (N, E) as little-endian float32, row after row, or as a .npy file of them."""
+    matrix = np.ascontiguousarray(rows, dtype="<f4")
+    body = matrix.tobytes()
+    if media_type == NPY:
+        file = io.BytesIO()
+        np.save(file, matrix, allow_pickle=False)
+        body = file.getvalue()
+    shape = {"X-Clipserve-Shape": ",".join(map(str, matrix.shape))}
+    all_headers = {**model_headers(model), **shape, **headers}
+    return Response(body, 200, all_headers, media_type=media_type)
+
+
+def wanted_type(request: Request, known: Sequence[str]) -> str | None:
+    """The first type of the Accept header, if it is one of `known`."""
+    first = request.headers.get("accept", "").partition(",")[0].partition(";")[0].strip().lower()
+    return first if first in known else None
+
+
+def model_headers(model: ServedModel) -> dict[str, str]:
+    """Which model answered."""
+    return {
+        "X-Clipserve-Model": quote(model.name),
+        "X-Clipserve-Fingerprint": model.fingerprint,
+    }
 
 
 def image_url(request: Request, collection: str, id: str, generation: int) -> str:

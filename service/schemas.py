@@ -1,30 +1,65 @@
 """The bodies of requests, as pydantic models, and how they get into /openapi.json.
 
-Routes read bodies themselves (`read_json`, `read_form`): a large one is parsed in the pool, off the
-event loop, and a body is never repeated in an error. The string under a field is its documentation.
+The string under a field is its documentation. `bodies.py` reads them, from JSON, from a form, or
+from the query beside a picture's bytes; `Given` says how the text of a form's field becomes a value
+that is no text.
 """
 
-import asyncio
-from collections.abc import Collection
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
-from fastapi import Request
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.json_schema import models_json_schema
-from starlette.datastructures import FormData, UploadFile
 
-from service.errors import InvalidBody, UnsupportedBody, invalid_body
+from clipserve.config import RerankScore
+
+T = TypeVar("T")
 
 K_MAX = 1000
-_LARGE_BODY_BYTES = 64 * 2**10
+OFFSET_MAX = 9000
+"""with K_MAX within what `Searcher.search` passes over and finds at once"""
+
+MAX_VALUES = 100_000
+"""in any list; what the settings allow is less, and is checked after"""
+MAX_OBJECTS = 10_000
+"""the same, of objects with fields of their own, which cost more"""
+
+_MAX_FIELDS = 100
+_PICTURE_TYPES = ("image/jpeg", "image/png", "image/webp")
 _REFERENCE = "#/components/schemas/{model}"
 
+Cosine = Annotated[float, Field(ge=-1, le=1, allow_inf_nan=False)]
+Weight = Annotated[float, Field(ge=-1000, le=1000, allow_inf_nan=False)]
+# The first thing that is wrong ends it: an error for each of a million values is a gigabyte.
+Values = Annotated[list[T], Field(max_length=MAX_VALUES, fail_fast=True)]
+Objects = Annotated[list[T], Field(max_length=MAX_OBJECTS, fail_fast=True)]
 
-class _Body(BaseModel):
+
+@dataclass(frozen=True)
+class Given:
+    """How a value is given as text, in a form or a query."""
+
+    form: Literal["json", "commas", "one or several"]
+    """commas: one text with commas, or the field several times"""
+
+
+class Body(BaseModel):
+    """What all bodies are: checked, and of known fields alone."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _check(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            raise ValueError("must be an object")
+        if len(value) > _MAX_FIELDS:  # each unknown one would be an error of its own
+            raise ValueError(f"an object has more than {_MAX_FIELDS} fields")
+        return value
 
-class EmbeddingsRequest(_Body):
+
+class EmbeddingsRequest(Body):
     """OpenAI's shape, with pictures beside texts."""
 
     model_config = ConfigDict(extra="ignore")  # OpenAI's clients send fields of their own
@@ -50,157 +85,208 @@ class EmbeddingsRequest(_Body):
                 ]
             }
         ),
-    ]
-    """a string, or a list of strings, {"text": ...} and {"image": base64 or data URI}"""
+        Given("one or several"),
+    ] = None
+    """a string, or a list of strings, {"text": ...} and {"image": base64, data URI or URL};
+    required unless pictures are sent as files"""
     modality: Literal["text", "image"] = "text"
-    """what plain strings are; an image is base64 or a data URI"""
+    """what plain strings are; an image is base64, a data URI or a URL"""
     encoding_format: Literal["float", "base64"] = "float"
     """base64 holds little-endian float32"""
     dimensions: int | None = None
     """must be the model's own number, if given"""
     on_error: Literal["fail", "report"] = "fail"
     """fail: one bad item fails the request; report: the others are answered, `errors` names it"""
+    truncate: bool = True
+    """false: a text that does not fit into the model's context is an error, instead of cut"""
+    priority: Literal["interactive", "bulk"] = "interactive"
+    """bulk: after everything that is interactive"""
 
 
-class ClassifyRequest(_Body):
-    """Pictures and the labels to choose from."""
+class ClassifyRequest(Body):
+    """Pictures, or texts, and the labels to choose from."""
 
     model: str | None = None
     """one of /v1/models; the first when left out"""
-    images: list[str]
-    """base64 or data URIs"""
-    labels: list[str]
-    """class names"""
-    templates: str | list[str] = "none"
+    images: Annotated[Values[str] | None, Given("one or several")] = None
+    """base64, data URIs or URLs"""
+    texts: Annotated[Values[str] | None, Given("one or several")] = None
+    """in the place of images"""
+    labels: Annotated[Values[str] | None, Given("commas")] = None
+    """class names; in a form separated by commas, or one a part"""
+    label_set: str | None = None
+    """one of /v1/label-sets, in the place of labels"""
+    templates: Annotated[str | Values[str], Given("one or several")] = "none"
     """the name of a template set, or templates that each hold {} for the label"""
     top_k: Annotated[int, Field(ge=1)] | None = None
-    """labels to return for each picture, most probable first; all when left out"""
+    """labels to return for each item, most probable first; all when left out"""
+    temperature: Annotated[float, Field(ge=1e-3, le=1e3, allow_inf_nan=False)] = 1.0
+    """0.001 to 1000; divides the logits, which hold the model's own temperature: above 1 the
+    probabilities are more alike, below 1 less"""
+    multi_label: bool | None = None
+    """true: each label is judged on its own, by a sigmoid (models with a logit bias alone); false:
+    the labels exclude each other; left out: as the model was trained"""
+    min_probability: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
+    """labels below it are left out, and an item without any says `abstained`"""
 
 
-class SearchRequest(_Body):
-    """A query by exactly one of text, image and vector."""
+class MatchRequest(Body):
+    """Pictures and texts, read together: picture i with text i, or one with each of the others."""
+
+    model: str | None = None
+    """one of /v1/models, trained to match; the first when left out"""
+    images: Annotated[Values[str] | None, Given("one or several")] = None
+    """base64, data URIs or URLs"""
+    texts: Annotated[Values[str] | None, Given("one or several")] = None
+    """as many as images, or one for all of them; or any number for one image"""
+
+
+class Part(Body):
+    """What is looked for: exactly one of text, image, vector and id."""
+
+    text: str | None = None
+    """a text"""
+    image: str | None = None
+    """base64, a data URI or a URL"""
+    vector: Annotated[Values[float] | None, Given("json")] = None
+    """of the collection's dimension; need not be of unit length"""
+    id: str | None = None
+    """an item of the collection, more like which is looked for; it is no answer itself"""
+
+
+class WeightedPart(Part):
+    """A part of a mixed query."""
+
+    weight: Weight = 1.0
+    """how much it counts; a negative one looks away from it; not 0"""
+
+
+class Query(Part):
+    """One query: a text, image, vector or id, or several of them together."""
+
+    queries: Annotated[Objects[WeightedPart] | None, Given("json")] = None
+    """parts whose vectors are weighted and summed, in the place of one text, image, vector or id"""
+
+
+class SearchRequest(Query):
+    """A query, or a batch of them, and which of the hits are wanted."""
 
     collection: str | None = None
     """one of /v1/collections; may be left out when there is one"""
-    text: str | None = None
-    image: str | None = None
-    """base64 or a data URI"""
-    vector: list[float] | None = None
-    """of the collection's dimension; need not be of unit length"""
+    batch: Annotated[Objects[Query] | None, Given("json")] = None
+    """several queries at once, in the place of one; answered in `results`"""
     k: Annotated[int, Field(ge=1, le=K_MAX)] = 10
     """hits to return"""
+    offset: Annotated[int, Field(ge=0, le=OFFSET_MAX)] = 0
+    """of the best hits, so many are passed over"""
+    filter: Annotated[dict[str, Any] | None, Given("json")] = None
+    """only items whose metadata it holds for: {"color": "red", "price": {"lt": 10}}"""
+    min_score: Cosine | None = None
+    """no hit of a lower cosine"""
+    field: Literal["image", "text"] = "image"
+    """the vectors that are searched: of the items' pictures (of what there is, for an item without
+    a picture), or of their texts"""
+    deduplicate: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
+    """leave out what has a cosine of at least that to a better hit"""
+    rerank: bool = False
+    """order the first `k_test` hits of a text anew by reading text and picture together (models
+    trained to match alone)"""
+    k_test: Annotated[int, Field(ge=1, le=K_MAX)] = 16
+    """hits that `rerank` reads"""
+    rerank_score: RerankScore = "matching+contrastive"
+    """what `rerank` orders by: the matching logit, alone or with the contrastive logit or cosine"""
+    with_vectors: bool = False
+    """return the hits' vectors"""
+    exact: bool = False
+    """compare every vector, whatever index there is: slow, and nothing is passed over"""
 
 
-class UpsertItem(_Body):
-    """One item, its vector made from exactly one of image, text and vector."""
+class UpsertItem(Body):
+    """One item, with an image, a text, a vector, or a text beside one of the others."""
 
     id: str
     """1 to 512 bytes; an item of that id is replaced"""
     image: str | None = None
-    """base64 or a data URI; a small copy is kept for display"""
+    """base64, a data URI or a URL; a small copy is kept for display"""
     text: str | None = None
-    vector: list[float] | None = None
-    """made by the collection's model; scaled to unit length"""
+    """searched as `field: text`; and as the item's image, when it has none"""
+    vector: Values[float] | None = None
+    """in the place of image: made by the collection's model; scaled to unit length"""
     caption: str = ""
+    """shown with a hit"""
     metadata: dict[str, Any] = {}
+    """any JSON object; what a filter looks at"""
 
 
-class UpsertRequest(_Body):
+class UpsertRequest(Body):
     """Items to add or replace: all of them, or none when one is wrong."""
 
-    items: list[UpsertItem]
+    items: Objects[UpsertItem]
+    """at most as many as one request may hold; more go into a job"""
 
 
-Kind = TypeVar("Kind", bound=BaseModel)
+class DeleteRequest(Body):
+    """Items to remove."""
+
+    ids: Values[str]
+    """those that are not there are passed over"""
+
+
+class CreateRequest(Body):
+    """A new, empty collection."""
+
+    model: str | None = None
+    """one of /v1/models, which makes its vectors; the first when left out"""
+
+
+class JobRequest(Body):
+    """Items to embed and store, without waiting for it."""
+
+    collection: str | None = None
+    """one of /v1/collections; may be left out when there is one"""
+    items: Objects[UpsertItem] = []
+    """as for PUT /v1/collections/{name}/items"""
+    start: bool = True
+    """false: more is appended before `:start`"""
+
+
+class ReloadRequest(Body):
+    """Where a model's new checkpoint is."""
+
+    path: str | None = None
+    """a model directory on the server, below one of CLIPSERVE_MODEL_ROOTS; left out: the directory
+    that the model came from is read again"""
+
 
 _BODIES: tuple[type[BaseModel], ...] = (
     EmbeddingsRequest,
     ClassifyRequest,
+    MatchRequest,
     SearchRequest,
     UpsertRequest,
+    DeleteRequest,
+    CreateRequest,
+    JobRequest,
+    ReloadRequest,
 )
 
 
-async def read_json(request: Request, kind: type[Kind]) -> Kind:
-    """The request's JSON body. Raises InvalidBody, which holds none of it."""
-    content_type = _content_type(request)
-    if content_type != "application/json" and not content_type.endswith("+json"):
-        raise UnsupportedBody("send JSON, with the header Content-Type: application/json")
-    body = await request.body()
-    try:
-        if len(body) < _LARGE_BODY_BYTES:
-            return kind.model_validate_json(body)
-        loop = asyncio.get_running_loop()
-        pool = request.app.state.registry.pool
-        return await loop.run_in_executor(pool, kind.model_validate_json, body)
-    except ValidationError as error:
-        problems = error.errors(include_url=False, include_context=False, include_input=False)
-        raise invalid_body(problems) from None
+def request_docs(
+    kind: type[BaseModel], *, pictures: bool = False, also: Iterable[str] = ()
+) -> dict[str, Any]:
+    """`openapi_extra` of a route that reads its own body.
 
-
-def is_form(request: Request) -> bool:
-    """Whether the body is multipart/form-data."""
-    return _content_type(request) == "multipart/form-data"
-
-
-async def read_form(
-    request: Request, fields: Collection[str], *, max_files: int, max_fields: int
-) -> "Form":
-    """The request's form, whose parts are called as `fields`; every file part is a picture."""
-    async with request.form(max_files=max_files, max_fields=max_fields) as data:
-        if unknown := [name for name in data if name not in fields]:
-            raise InvalidBody(
-                f"the form has {len(unknown)} parts this route does not know; it takes"
-                f" {', '.join(fields)}"
-            )
-        return await Form.read(data)
-
-
-class Form:
-    """A form, read: its texts by name and its files in order."""
-
-    def __init__(self, texts: dict[str, list[str]], files: list[bytes]) -> None:
-        self._texts = texts
-        self.files = files
-
-    @classmethod
-    async def read(cls, data: FormData) -> "Form":
-        texts: dict[str, list[str]] = {}
-        files = []
-        for name, value in data.multi_items():
-            if isinstance(value, UploadFile):
-                files.append(await value.read())
-            else:
-                texts.setdefault(name, []).append(value)
-        return cls(texts, files)
-
-    def all(self, name: str) -> list[str]:
-        """Every value of a field."""
-        return self._texts.get(name, [])
-
-    def one(self, name: str) -> str | None:
-        """The last value of a field, None if it is missing or empty."""
-        values = self.all(name)
-        return values[-1] or None if values else None
-
-    def number(self, name: str, low: int, high: int) -> int | None:
-        """A whole number of a range, None if the field is missing or empty."""
-        text = self.one(name)
-        if text is None:
-            return None
-        if not (text.isascii() and text.isdigit() and len(text) < 10 and low <= int(text) <= high):
-            raise InvalidBody(f"{name} must be a whole number from {low} to {high}", param=name)
-        return int(text)
-
-
-def request_docs(kind: type[BaseModel], form: dict[str, Any] | None = None) -> dict[str, Any]:
-    """`openapi_extra` of a route that reads its own body; `form`: properties of its form."""
-    content: dict[str, Any] = {
-        "application/json": {"schema": {"$ref": _REFERENCE.format(model=kind.__name__)}}
-    }
-    if form is not None:
-        content["multipart/form-data"] = {"schema": {"type": "object", "properties": form}}
-    return {"requestBody": {"required": True, "content": content}}
+    pictures: forms and pictures as a body are read as well. also: other types of body.
+    """
+    reference = {"$ref": _REFERENCE.format(model=kind.__name__)}
+    content: dict[str, Any] = {"application/json": {"schema": reference}}
+    if pictures:
+        content["multipart/form-data"] = {"schema": _form_schema(kind)}
+    binary = {"schema": {"type": "string", "format": "binary"}}
+    for sent_as in (*(_PICTURE_TYPES if pictures else ()), *also):
+        content[sent_as] = binary
+    needed = any(field.is_required() for field in kind.model_fields.values())
+    return {"requestBody": {"required": needed or pictures, "content": content}}
 
 
 def body_schemas() -> dict[str, Any]:
@@ -213,5 +299,10 @@ def body_schemas() -> dict[str, Any]:
     return definitions
 
 
-def _content_type(request: Request) -> str:
-    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+def _form_schema(kind: type[BaseModel]) -> dict[str, Any]:
+    properties: dict[str, Any] = {
+        "files": {"type": "array", "items": {"type": "string", "format": "binary"}}
+    }
+    for name, field in kind.model_fields.items():
+        properties[name] = {"type": "string", "description": field.description or ""}
+    return {"type": "object", "properties": properties}

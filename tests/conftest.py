@@ -1,7 +1,7 @@
 """What many tests share: a two-layer model, saved once, and pictures made on the spot."""
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -99,3 +99,27 @@ def captioned(tmp_path: Path) -> Callable[..., Path]:
         return table
 
     return make
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Iterator[Any]:
+    """A service that the tests of a module share; none may change it."""
+    from served import serving
+
+    from service.settings import load_settings
+
+    settings = load_settings(decode_threads=2, max_body_bytes=4 * 2**20)
+    with serving(tmp_path_factory.mktemp("service"), model_dir, settings) as shared:
+        yield shared
+
+
+@pytest.fixture
+def own_world(tmp_path: Path, model_dir: Path) -> Iterator[Any]:
+    """A service that a test may change: collections below `tmp_path`, jobs in `tmp_path/jobs`."""
+    from served import serving
+
+    from service.settings import load_settings
+
+    settings = load_settings(collections_root=tmp_path, jobs_dir=tmp_path / "jobs")
+    with serving(tmp_path, model_dir, settings) as own:
+        yield own

@@ -13,7 +13,13 @@ import pytest
 from conftest import encode, make_picture
 
 import clipserve
-from clipserve.errors import ImageError, ItemRefused, NotThere, RequestRefused
+from clipserve.errors import (
+    ImageError,
+    ItemRefused,
+    NotThere,
+    RequestRefused,
+    ServiceUnreachable,
+)
 
 Answer = Callable[[str, Any], Any]
 
@@ -293,3 +299,26 @@ def test_the_client_is_used_without_torch():
 
     code = "import sys, clipserve; clipserve.Client().close(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda client: client.create_collection("new"),
+        lambda client: client.drop_collection("new"),
+        lambda client: client.delete("new", ["a"]),
+    ],
+)
+def test_what_would_be_answered_otherwise_the_second_time_is_sent_once(change: Any):
+    sent = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        sent.append(request.method)
+        raise httpx.ReadError("the answer was lost")
+
+    with (
+        clipserve.Client(transport=httpx.MockTransport(answer)) as client,
+        pytest.raises(ServiceUnreachable),
+    ):
+        change(client)
+    assert len(sent) == 1

@@ -73,6 +73,15 @@ def test_the_time_may_be_a_date():
     assert 10 < service.pauses[0] <= 20
 
 
+def test_a_date_that_names_no_place_is_utc():
+    soon = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=20)
+    date = email.utils.format_datetime(soon.replace(tzinfo=None))
+    assert date.endswith("-0000")
+    service = Service(refusal(503, **{"Retry-After": date}), OK)
+    service.call()
+    assert 10 < service.pauses[0] <= 20
+
+
 def test_pauses_grow_and_differ_when_no_time_is_named():
     service = Service(*[refusal(503, **{"Retry-After": "soon"})] * 4, OK)
     service.call()

@@ -69,7 +69,8 @@ def test_trainer_python_command_line_and_http_give_the_same_vector(
     registry = Registry(load_settings())
     registry.add_model(served)
     items = [{"image": base64.b64encode(data).decode()} for data in pictures.values()]
-    with TestClient(create_app(registry.settings, registry)) as client:
+    app = create_app(registry.settings, registry)
+    with TestClient(app, base_url="http://localhost") as client:
         reply = client.post("/v1/embeddings", json={"input": items})
     registry.close()
     assert reply.status_code == 200, reply.text

@@ -19,12 +19,13 @@ class FakeEncoder:
         self.batches: list[tuple[str, list[float]]] = []
         self.gate = threading.Event()
         self.gate.set()
-        self.entered = threading.Event()
+        self.entered = threading.Semaphore(0)
 
     def encode(self, kind: str, items: list[float]) -> np.ndarray:
         self.batches.append((kind, list(items)))
-        self.entered.set()
-        assert self.gate.wait(WAIT_S)
+        gate = self.gate
+        self.entered.release()
+        assert gate.wait(WAIT_S)
         for error in (RuntimeError("out of memory"), SystemExit(1)):
             if type(error).__name__ in items:
                 raise error
@@ -33,14 +34,23 @@ class FakeEncoder:
 
 class FakeObserver:
     def __init__(self) -> None:
-        self.restarted = threading.Event()
+        self.restarts = threading.Semaphore(0)
+        self.waits: list[float] = []
 
     def batch(self, kind: str, size: int, seconds: float, waited_s: float) -> None:
         assert seconds >= 0
-        assert waited_s >= 0
+        self.waits.append(waited_s)
 
     def restart(self) -> None:
-        self.restarted.set()
+        self.restarts.release()
+
+
+class FakeClock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
 
 
 @pytest.fixture
@@ -54,100 +64,186 @@ def observer() -> FakeObserver:
 
 
 @pytest.fixture
-def batcher(encoder: FakeEncoder, observer: FakeObserver) -> Iterator[Batcher]:
-    made = Batcher(
-        {
-            "image": lambda items: encoder.encode("image", items),
-            "text": lambda items: encoder.encode("text", items),
-        },
-        max_batch={"image": 4, "text": 8},
-        max_items=20,
-        observer=observer,
-    )
+def clock() -> FakeClock:
+    return FakeClock()
+
+
+@pytest.fixture
+def batcher(encoder: FakeEncoder, observer: FakeObserver, clock: FakeClock) -> Iterator[Batcher]:
+    made = make(encoder, observer, clock)
     yield made
     encoder.gate.set()
     made.close()
 
 
-def submit(batcher: Batcher, *items: object, kind: str = "text", urgent: bool = False) -> Job:
-    job = batcher.admit(len(items), urgent=urgent)
-    for index, item in enumerate(items):
-        batcher.put(job, index, kind, item, urgent=urgent)
+def make(
+    encoder: FakeEncoder, observer: FakeObserver, clock: FakeClock, threads: int = 1
+) -> Batcher:
+    return Batcher(
+        {
+            "image": lambda items: encoder.encode("image", items),
+            "text": lambda items: encoder.encode("text", items),
+        },
+        max_batch={"image": 4, "text": 8, "match": 4, "call": 1},
+        max_items=20,
+        observer=observer,
+        threads=threads,
+        max_call_s=60.0,
+        clock=clock,
+    )
+
+
+def submit(
+    batcher: Batcher, *items: object, kind: str = "text", priority: str = "interactive"
+) -> Job:
+    job = batcher.admit(len(items), priority=priority)
+    batcher.put(job, kind, enumerate(items), priority)
     return job
 
 
 def hold(batcher: Batcher, encoder: FakeEncoder) -> Job:
     """Let the model run one item, and keep it there."""
     encoder.gate.clear()
-    encoder.entered.clear()
     job = submit(batcher, 0.0)
-    assert encoder.entered.wait(WAIT_S)
+    assert encoder.entered.acquire(timeout=WAIT_S)
     return job
+
+
+def rows(job: Job) -> list[object]:
+    """The answers, when they are all there."""
+    job.done.result(WAIT_S)
+    return [one if isinstance(one, Exception) else one.tolist() for one in job.results]
 
 
 def test_what_arrives_while_the_model_runs_leaves_in_one_batch(batcher, encoder):
     hold(batcher, encoder)
     jobs = [submit(batcher, float(i)) for i in range(1, 6)]
     encoder.gate.set()
-    for i, job in enumerate(jobs, 1):
-        job.done.result(WAIT_S)
-        assert job.results[0].tolist() == [2.0 * i]
+    assert [rows(job) for job in jobs] == [[[2.0 * i]] for i in range(1, 6)]
     assert encoder.batches[1] == ("text", [1.0, 2.0, 3.0, 4.0, 5.0])
 
 
-@pytest.mark.parametrize(("first", "second"), [("image", "text"), ("text", "image")])
-def test_pictures_and_texts_go_apart_and_the_longest_waiting_first(batcher, encoder, first, second):
+def test_interactive_items_overtake_bulk(batcher, encoder):
     hold(batcher, encoder)
-    last = [
-        submit(batcher, 1.0, kind=first),
-        submit(batcher, 2.0, kind=second),
-        submit(batcher, 3.0, kind=first),
-    ]
+    bulk = submit(batcher, *[100.0 + i for i in range(6)], priority="bulk")
+    mine = submit(batcher, 1.0)
     encoder.gate.set()
-    for job in last:
-        job.done.result(WAIT_S)
-    assert encoder.batches[1:] == [(first, [1.0, 3.0]), (second, [2.0])]
+    rows(bulk), rows(mine)
+    assert encoder.batches[1] == ("text", [1.0])
+    assert encoder.batches[2] == ("text", [100.0, 101.0])  # small: another might come
 
 
-def test_a_batch_is_never_larger_than_its_limit(batcher, encoder):
+def test_a_bad_item_fails_alone_and_the_other_kind_is_not_touched(batcher, encoder):
     hold(batcher, encoder)
-    job = submit(batcher, *[float(i) for i in range(6)], kind="image")
-    encoder.gate.set()
-    job.done.result(WAIT_S)
-    assert [len(items) for _, items in encoder.batches[1:]] == [4, 2]
-
-
-def test_an_exception_fails_the_items_of_its_batch_alone(batcher, encoder):
-    hold(batcher, encoder)
-    bad = submit(batcher, "RuntimeError", kind="image")
+    bad = submit(batcher, 1.0, "RuntimeError", 3.0, kind="image")
     good = submit(batcher, 1.0, kind="text")
     encoder.gate.set()
-    bad.done.result(WAIT_S)
-    good.done.result(WAIT_S)
-    assert isinstance(bad.results[0], ModelFailed)
-    assert "out of memory" not in str(bad.results[0])  # the log's, not the client's
-    assert good.results[0].tolist() == [2.0]
+    first, error, third = rows(bad)
+    assert (first, third) == ([2.0], [6.0])
+    assert isinstance(error, ModelFailed)
+    assert "out of memory" not in str(error)  # the log's, not the client's
+    assert rows(good) == [[2.0]]
     assert batcher.open_items == 0
 
 
-def test_a_dead_thread_fails_what_it_held_and_another_takes_over(batcher, encoder, observer):
-    job = submit(batcher, "SystemExit")
-    job.done.result(WAIT_S)
-    assert isinstance(job.results[0], ModelFailed)
-    assert observer.restarted.wait(WAIT_S)
-    again = submit(batcher, 3.0)
-    again.done.result(WAIT_S)
-    assert again.results[0].tolist() == [6.0]
+def test_a_dead_thread_fails_what_it_held_and_another_takes_over_at_once(
+    batcher, encoder, observer
+):
+    assert isinstance(rows(submit(batcher, "SystemExit"))[0], ModelFailed)
+    assert observer.restarts.acquire(timeout=WAIT_S)
+    assert not batcher.is_serving
+    assert rows(submit(batcher, 3.0)) == [[6.0]]  # the clock stands still: no delay has passed
+    assert batcher.is_serving
+
+
+def test_a_thread_that_dies_again_and_again_is_replaced_ever_later(batcher, observer, clock):
+    for _ in range(2):
+        rows(submit(batcher, "SystemExit"))
+        assert observer.restarts.acquire(timeout=WAIT_S)
+    waiting = submit(batcher, 3.0)
+    batcher.inspect()
+    assert not waiting.done.done()  # nobody is there to take it
+    clock.now += 0.1
+    batcher.inspect()
+    assert rows(waiting) == [[6.0]]
+
+
+def test_a_call_that_hangs_is_given_up_and_its_late_answer_ignored(
+    batcher, encoder, observer, clock
+):
+    hung, gate = hold(batcher, encoder), encoder.gate
+    waiting = submit(batcher, 3.0)
+    clock.now += 59.0
+    batcher.inspect()
+    assert not hung.done.done()
+    encoder.gate = threading.Event()  # that of the thread to come
+    clock.now += 1.0
+    batcher.inspect()
+    assert isinstance(rows(hung)[0], ModelFailed)
+    assert observer.restarts.acquire(timeout=WAIT_S)
+    assert not batcher.is_serving
+    encoder.gate.set()
+    assert rows(waiting) == [[6.0]]
+    assert batcher.is_serving
+    gate.set()  # the old thread comes back, finds itself struck off, and ends
+    assert rows(submit(batcher, 4.0)) == [[8.0]]
+    assert isinstance(hung.results[0], ModelFailed)
+    assert batcher.open_items == 0
+
+
+def test_the_supervisor_itself_notices_a_call_that_hangs(encoder, observer):
+    """By the real clock, and a bound that has passed at once."""
+    batcher = Batcher(
+        {"text": lambda items: encoder.encode("text", items)},
+        max_batch={"image": 4, "text": 8, "match": 4, "call": 1},
+        max_items=20,
+        observer=observer,
+        max_call_s=0.01,
+    )
+    hung = hold(batcher, encoder)
+    assert isinstance(rows(hung)[0], ModelFailed)
+    encoder.gate.set()
+    batcher.close()
+
+
+def test_with_two_threads_one_batch_runs_and_one_is_prepared(encoder, observer, clock):
+    batcher = make(encoder, observer, clock, threads=2)
+    first, second = hold(batcher, encoder), hold(batcher, encoder)
+    third, fourth = submit(batcher, 1.0), submit(batcher, 2.0)
+    encoder.gate.set()
+    for job in (first, second, third, fourth):
+        rows(job)
+    assert encoder.batches[2] == ("text", [1.0, 2.0])
+    batcher.close()
 
 
 def test_slots_are_given_all_or_none(batcher, encoder):
     hold(batcher, encoder)
     batcher.admit(18)
-    with pytest.raises(Overloaded, match="at most 20") as refused:
+    with pytest.raises(Overloaded, match="at most 20"):
         batcher.admit(2)
-    assert int(refused.value.headers["Retry-After"]) >= 1
     batcher.admit(1)
     assert batcher.open_items == 20
+
+
+def test_who_is_refused_hears_when_the_queue_will_be_empty(batcher, encoder, clock):
+    job = hold(batcher, encoder)
+    clock.now += 0.75  # what an item takes
+    encoder.gate.set()
+    rows(job)
+    batcher.admit(20)
+    with pytest.raises(Overloaded) as refused:
+        batcher.admit(1)
+    assert refused.value.headers["Retry-After"] == "15"
+
+
+def test_the_wait_in_the_queue_is_measured(batcher, encoder, observer, clock):
+    held = hold(batcher, encoder)
+    waiting = submit(batcher, 1.0)
+    clock.now += 5.0
+    encoder.gate.set()
+    rows(held), rows(waiting)
+    assert observer.waits == [0.0, 5.0]
 
 
 def test_an_abandoned_job_leaves_the_queue_and_frees_its_slots(batcher, encoder):
@@ -157,29 +253,20 @@ def test_an_abandoned_job_leaves_the_queue_and_frees_its_slots(batcher, encoder)
     late = batcher.admit(1)
     batcher.abandon(gone)
     batcher.abandon(late)
-    batcher.put(late, 0, "text", 10.0)  # its preparation ends after the client has left
+    batcher.put(late, "text", [(0, 10.0)])  # its preparation ends after the client has left
     assert batcher.open_items == 2
     encoder.gate.set()
-    held.done.result(WAIT_S)
-    kept.done.result(WAIT_S)
+    rows(held), rows(kept)
     assert encoder.batches == [("text", [0.0]), ("text", [9.0])]
     assert batcher.open_items == 0
-
-
-def test_a_vector_that_is_not_finite_fails_alone(batcher):
-    job = submit(batcher, 1.0, float("nan"), 2.0)
-    job.done.result(WAIT_S)
-    assert isinstance(job.results[1], ModelFailed)
-    assert [job.results[i].tolist() for i in (0, 2)] == [[2.0], [4.0]]
 
 
 def test_an_urgent_item_needs_no_slot_and_goes_first(batcher, encoder):
     hold(batcher, encoder)
     waiting = submit(batcher, *[float(i) for i in range(19)])
-    canary = submit(batcher, 99.0, urgent=True)
+    canary = submit(batcher, 99.0, priority="urgent")
     encoder.gate.set()
-    canary.done.result(WAIT_S)
-    waiting.done.result(WAIT_S)
+    rows(canary), rows(waiting)
     assert encoder.batches[1][1][0] == 99.0
 
 
@@ -188,15 +275,41 @@ def test_closing_settles_what_waits(batcher, encoder):
     waiting = submit(batcher, 1.0)
     closer = threading.Thread(target=batcher.close)
     closer.start()
-    with batcher._changed:
-        assert batcher._changed.wait_for(lambda: batcher._closing, WAIT_S)
+    assert isinstance(rows(waiting)[0], NotReady)
     encoder.gate.set()
     closer.join(WAIT_S)
-    assert held.results[0].tolist() == [0.0]  # the running batch is finished
-    assert isinstance(waiting.results[0], NotReady)
+    assert rows(held) == [[0.0]]  # the running batch is finished
     with pytest.raises(NotReady):
         batcher.admit(1)
 
 
-def test_a_job_of_nothing_is_done(batcher):
-    assert batcher.admit(0).done.done()
+def test_four_times_too_much_work_leaves_the_model_fully_busy(batcher, encoder):
+    kept, refused = [hold(batcher, encoder)], 0
+    for _ in range(50):  # while the model runs a batch of 8 texts, 32 more come
+        for item in range(32):
+            try:
+                kept.append(submit(batcher, float(item)))
+            except Overloaded:
+                refused += 1
+        assert batcher.open_items == 20
+        gate, encoder.gate = encoder.gate, threading.Event()
+        gate.set()
+        assert encoder.entered.acquire(timeout=WAIT_S)
+    sizes = [len(items) for _, items in encoder.batches]
+    assert sizes == [1] + [8] * 50
+    assert refused > 0.7 * 50 * 32
+    encoder.gate.set()
+    assert all(isinstance(row, list) for job in kept for row in rows(job))
+    assert rows(submit(batcher, 5.0)) == [[10.0]]
+    assert batcher.open_items == 0
+
+
+def test_a_thread_that_is_lost_ever_again_is_still_replaced(batcher, clock, observer):
+    batcher._losses = 5000
+    lost = submit(batcher, "SystemExit")
+    lost.done.result(WAIT_S)
+    assert isinstance(lost.results[0], ModelFailed)
+    assert observer.restarts.acquire(timeout=WAIT_S)
+    clock.now += 5
+    batcher.inspect()
+    assert rows(submit(batcher, 3.0)) == [[6.0]]

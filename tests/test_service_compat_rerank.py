@@ -105,7 +105,8 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
     )
     registry = Registry(load_settings(decode_threads=1))
     registry.add_model(checkpoint.load(folder / "reader", device="cpu", dtype="fp32"))
-    with TestClient(create_app(registry.settings, registry)) as client:
+    app = create_app(registry.settings, registry)
+    with TestClient(app, base_url="http://localhost") as client:
         yield client
     registry.close()
 

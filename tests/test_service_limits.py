@@ -2,11 +2,14 @@
 
 import asyncio
 from collections.abc import Callable
+from typing import Any
 
 import orjson
 import pytest
 
-from service.limits import RequestLimits
+from service.errors import BodyTooLarge, error_response
+from service.limits import Load, RequestLimits
+from service.notes import notes, start
 from service.settings import Settings
 
 Messages = list[dict]
@@ -25,13 +28,20 @@ async def echo_size(scope, receive, send) -> None:
 
 
 def call(
-    app: Callable, messages: list, headers: dict[str, str] | None = None, **settings: object
+    app: Callable, messages: list, headers: Any = None, query: bytes = b"", **settings: object
 ) -> tuple[int | None, bytes, list]:
     """Status (None if there was no answer), body, and the messages that were not asked for."""
-    return asyncio.run(_call(RequestLimits(app, Settings(**settings)), messages, headers))
+    limits = RequestLimits(app, Settings(**settings))
+    return asyncio.run(_call(limits, messages, headers, query=query))
 
 
-async def _call(limits: RequestLimits, messages: list, headers=None, path: str = "/v1/embeddings"):
+async def _call(
+    limits: RequestLimits,
+    messages: list,
+    headers: dict[str, str] | list[tuple[str, str]] | None = None,
+    path: str = "/v1/embeddings",
+    query: bytes = b"",
+):
     left = list(messages)
     sent: Messages = []
 
@@ -43,8 +53,15 @@ async def _call(limits: RequestLimits, messages: list, headers=None, path: str =
     async def send(message: dict) -> None:
         sent.append(message)
 
-    raw = [(name.lower().encode(), value.encode()) for name, value in (headers or {}).items()]
-    scope = {"type": "http", "method": "POST", "path": path, "headers": raw}
+    pairs = headers.items() if isinstance(headers, dict) else headers or []
+    raw = [(name.lower().encode(), value.encode()) for name, value in pairs]
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": path,
+        "query_string": query,
+        "headers": raw,
+    }
     await limits(scope, receive, send)
     status = sent[0]["status"] if sent else None
     return status, b"".join(message.get("body", b"") for message in sent), left
@@ -81,6 +98,47 @@ def test_a_content_length_that_is_no_number_is_refused(length):
     assert status == 400
 
 
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [("Content-Length", "1"), ("Content-Length", "1")],
+        [("Content-Length", "1"), ("Content-Length", "2")],
+        [("Content-Length", "1"), ("Transfer-Encoding", "chunked")],
+        [("Content-Type", "application/json"), ("Content-Type", "image/png")],
+    ],
+)
+def test_what_two_readers_might_read_differently_is_refused(headers):
+    status, body, left = call(echo_size, [chunk(1, more=False)], headers)
+    assert (status, code(body), len(left)) == (400, "invalid_request", 1)
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Content-Encoding": "gzip"}, 415),
+        ({"Content-Encoding": "identity, br"}, 415),
+        ({"Content-Encoding": "identity"}, 200),
+        ({"Content-Type": "application/x-www-form-urlencoded"}, 415),
+        ({"Content-Type": "APPLICATION/X-WWW-Form-Urlencoded; charset=utf-8"}, 415),
+        ({"Content-Type": "application/json"}, 200),
+    ],
+)
+def test_bodies_that_would_have_to_be_unpacked_are_not_read(headers, status):
+    got, _, left = call(echo_size, [chunk(1, more=False)], headers)
+    assert (got, len(left)) == (status, status != 200)
+
+
+def test_too_many_or_too_large_headers_get_431():
+    many = [(f"x-{i}", "") for i in range(11)]
+    status, body, _ = call(echo_size, [chunk(1, more=False)], many, max_headers=10)
+    assert (status, code(body)) == (431, "headers_too_large")
+    large = [("x", "y" * 1000)]
+    assert call(echo_size, [chunk(1, more=False)], large, max_header_bytes=1000)[0] == 431
+    assert call(echo_size, [chunk(1, more=False)], large, max_header_bytes=1001)[0] == 200
+    query = b"q" * 1000
+    assert call(echo_size, [chunk(1, more=False)], query=query, max_header_bytes=999)[0] == 431
+
+
 def test_a_body_that_does_not_arrive_gets_408():
     status, body, _ = call(echo_size, [chunk(1), NEVER], body_timeout_s=0.02)
     assert (status, code(body)) == (408, "body_timeout")
@@ -98,6 +156,44 @@ def test_an_answer_that_takes_too_long_gets_504_and_is_cancelled():
 
     status, body, _ = call(slow, [chunk(1, more=False)], request_timeout_s=0.02)
     assert (status, code(body), cancelled) == (504, "timeout", [True])
+    assert b"may still complete" in body
+
+
+async def never(scope, receive, send) -> None:
+    await asyncio.Event().wait()
+
+
+def test_a_client_may_ask_for_less_time_but_not_for_more():
+    headers = {"X-Request-Timeout": "0.02"}
+    status, body, _ = call(never, [chunk(1, more=False)], headers)
+    assert (status, code(body)) == (504, "timeout")
+    headers = {"X-Request-Timeout": "1e9"}
+    assert call(never, [chunk(1, more=False)], headers, request_timeout_s=0.02)[0] == 504
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf", "soon", "", "1 2"])
+def test_a_time_that_is_none_is_refused(seconds):
+    assert call(never, [chunk(1, more=False)], {"X-Request-Timeout": seconds})[0] == 400
+
+
+def test_what_a_request_fetches_counts_as_its_body():
+    async def fetch(scope, receive, send) -> None:
+        try:
+            notes().hold(60)
+            notes().hold(60)
+        except BodyTooLarge as error:
+            await error_response(error)(scope, receive, send)
+
+    async def scenario() -> tuple:
+        start("id")
+        settings = Settings(max_body_bytes=100)
+        load = Load(settings)
+        answer = await _call(RequestLimits(fetch, settings, load), [chunk(10, more=False)])
+        return *answer[:2], load.bytes, load.requests
+
+    status, body, held, requests = asyncio.run(scenario())
+    assert (status, code(body)) == (413, "body_too_large")
+    assert (held, requests) == (0, 0)
 
 
 def test_a_client_that_leaves_cancels_its_route():

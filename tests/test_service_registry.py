@@ -1,18 +1,32 @@
 """What may be served together."""
 
+import asyncio
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from albefs import tiny_albef
+from conftest import encode, make_picture
 
 import clipserve
 from clipserve import checkpoint
-from clipserve.errors import ConfigError, IndexStoreError
+from clipserve.errors import CollectionClosed, ConfigError, IndexStoreError
+from clipserve.images import make_thumbnail
 from clipserve.model import create
-from index.collection import Collection
-from service.errors import ModelFailed
+from index.collection import Collection, Item
+from index.rerank import rerank
+from service.errors import (
+    Forbidden,
+    ModelFailed,
+    NotFound,
+    RequestError,
+    error_fields,
+    error_response,
+)
+from service.inputs import Picture, Text
 from service.registry import Registry
 from service.settings import load_settings
 
@@ -88,3 +102,207 @@ def test_a_served_collection_is_looked_after_unless_settings_say_no(
     assert ("maintainer" in [thread.name for thread in threading.enumerate()]) is wanted
     registry.close()
     assert "maintainer" not in [thread.name for thread in threading.enumerate()]
+
+
+# Collections that come and go
+
+
+@pytest.fixture
+def rooted(model_dir: Path, tmp_path: Path) -> Iterator[Registry]:
+    """A registry that may make collections."""
+    (tmp_path / "root").mkdir()
+    made = Registry(load_settings(collections_root=tmp_path / "root"))
+    made.add_model(load(model_dir))
+    yield made
+    made.close()
+
+
+def test_a_created_collection_is_empty_durable_and_bound_to_its_model(rooted, tmp_path):
+    served = asyncio.run(rooted.create_collection("toys", "tiny"))
+    assert served.model is rooted.model("tiny")
+    assert not served.stale
+    assert served.collection.count() == 0
+    with Collection.open(tmp_path / "root" / "toys", read_only=True) as collection:
+        assert collection.fingerprint == served.model.fingerprint
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", ".hidden", "a\n", "x" * 101, "-x"])
+def test_a_name_cannot_leave_the_folder(rooted, name, tmp_path):
+    with pytest.raises(RequestError, match="A-Z"):
+        asyncio.run(rooted.create_collection(name, None))
+    assert list((tmp_path / "root").iterdir()) == []
+
+
+def test_a_name_that_is_taken_is_refused_served_or_not(rooted, tmp_path):
+    asyncio.run(rooted.create_collection("toys", None))
+    (tmp_path / "root" / "other").mkdir()
+    for name in ("toys", "other"):
+        with pytest.raises(RequestError) as refused:
+            asyncio.run(rooted.create_collection(name, None))
+        assert refused.value.code == "collection_exists"
+
+
+def test_a_dropped_collection_is_gone_and_its_name_free(rooted, tmp_path):
+    asyncio.run(rooted.create_collection("toys", None))
+
+    async def scenario() -> None:
+        entered, go_on = threading.Event(), threading.Event()
+
+        def search() -> int:
+            entered.set()
+            assert go_on.wait(10)
+            return served.collection.count()
+
+        served = rooted.collection("toys")
+        running = asyncio.ensure_future(rooted.in_store(search))
+        await asyncio.to_thread(entered.wait, 10)
+        dropping = asyncio.ensure_future(rooted.drop_collection("toys"))
+        await asyncio.sleep(0)
+        with pytest.raises(NotFound):
+            rooted.collection("toys")
+        go_on.set()
+        assert await running == 0  # it was waited for
+        await dropping
+
+    asyncio.run(scenario())
+    assert list((tmp_path / "root").iterdir()) == []
+    assert asyncio.run(rooted.create_collection("toys", None)).collection.count() == 0
+
+
+def test_what_lies_elsewhere_or_may_not_change_stays(registry, rooted, model_dir, tmp_path):
+    served = registry.add_model(load(model_dir))
+    path = make_collection(tmp_path / "c", served.fingerprint)
+    registry.add_collection(path)
+    with pytest.raises(Forbidden, match="CLIPSERVE_COLLECTIONS_ROOT"):
+        asyncio.run(registry.create_collection("new", None))
+    with pytest.raises(Forbidden, match="CLIPSERVE_COLLECTIONS_ROOT"):
+        asyncio.run(registry.drop_collection("c"))
+    rooted.add_collection(path)
+    with pytest.raises(Forbidden, match="not below"):
+        asyncio.run(rooted.drop_collection("c"))
+    assert path.is_dir()
+
+
+def test_a_service_that_changes_nothing_makes_no_collection(tmp_path):
+    registry = Registry(load_settings(collections_root=tmp_path, read_only=True))
+    with pytest.raises(Forbidden, match="CLIPSERVE_READ_ONLY"):
+        asyncio.run(registry.create_collection("new", None))
+    registry.close()
+
+
+def test_both_fields_of_a_collection_can_be_searched(registry, model_dir, tmp_path):
+    served = registry.add_model(load(model_dir))
+    path = make_collection(tmp_path / "c", served.fingerprint)
+    collection = registry.add_collection(path)
+    assert collection.searcher_of("image") is collection.searcher
+    assert collection.searcher_of("text").field == "text"
+    assert collection.searcher_of("text") is collection.searcher_of("text")
+
+
+# Reading pictures and texts together
+
+
+def test_a_model_without_fusion_layers_matches_nothing(registry, model_dir):
+    served = registry.add_model(load(model_dir))
+    with pytest.raises(RequestError) as refused:
+        asyncio.run(served.match([Picture(b"")], [Text("a")]))
+    assert refused.value.code == "no_matching"
+
+
+def test_an_albef_matches_and_orders_hits_anew_on_its_own_thread(registry, tmp_path):
+    checkpoint.save(tiny_albef(tmp_path), tmp_path / "albef", name="albef")
+    served = registry.add_model(load(tmp_path / "albef"))
+    pictures = [make_picture(seed=i) for i in range(4)]
+    path = make_collection(tmp_path / "c", served.fingerprint)
+    with Collection.open(path) as collection:
+        items = [Item(str(i)) for i in range(4)]
+        thumbnails = [make_thumbnail(picture) for picture in pictures]
+        collection.upsert(items, served.model.embed_images(pictures), thumbnails)
+    found = registry.add_collection(path)
+    query = served.model.embed_texts(["a red cat"])
+    hits = found.searcher.search(query, 4)
+
+    async def scenario():
+        images = [Picture(encode(picture)) for picture in pictures]
+        return (
+            await served.match(images, [Text("a red cat")] * 4),
+            await served.rerank(["a red cat"], hits, found.collection, score="matching"),
+        )
+
+    matches, reranked = asyncio.run(scenario())
+    np.testing.assert_allclose(matches, served.model.match(pictures, ["a red cat"] * 4), atol=1e-5)
+    want = rerank(served.model, ["a red cat"], hits, found.collection, score="matching")
+    assert [hit.id for hit in reranked.hits[0]] == [hit.id for hit in want.hits[0]]
+
+
+def test_a_collection_is_made_off_the_event_loop(rooted, monkeypatch):
+    makers = []
+    create_one = Collection.create
+
+    def noticed(*args, **kwargs):
+        makers.append(threading.current_thread())
+        return create_one(*args, **kwargs)
+
+    monkeypatch.setattr(Collection, "create", noticed)
+    asyncio.run(rooted.create_collection("toys", None))
+    assert makers != [threading.main_thread()]
+
+
+def test_of_two_who_make_one_name_at_once_one_is_told_it_is_taken(rooted):
+    async def scenario() -> list[object]:
+        both = [rooted.create_collection("toys", None) for _ in range(2)]
+        return await asyncio.gather(*both, return_exceptions=True)
+
+    made, refused = asyncio.run(scenario())
+    assert made is rooted.collection("toys")
+    assert isinstance(refused, RequestError)
+    assert refused.code == "collection_exists"
+
+
+def test_who_comes_too_late_to_a_dropped_collection_is_told_so(rooted):
+    served = asyncio.run(rooted.create_collection("toys", None))
+
+    async def scenario() -> list[object]:
+        dropping = asyncio.ensure_future(rooted.drop_collection("toys"))
+        await asyncio.sleep(0)
+        late = [
+            rooted.in_store(served.collection.count),
+            rooted.in_store(served.searcher.search, np.ones((1, 16)), 1),
+            rooted.in_store(served.searcher_of, "text"),
+            rooted.in_store(served.collection.upsert, [Item("a")], np.ones((1, 16)) / 4),
+        ]
+        found = await asyncio.gather(*late, return_exceptions=True)
+        await dropping
+        return found
+
+    for refused in asyncio.run(scenario()):
+        assert isinstance(refused, CollectionClosed)
+        assert error_response(refused).status_code == 404
+        assert error_fields(refused)["message"] == "the collection was dropped"
+
+
+def test_nobody_begins_to_use_a_collection_while_it_is_closed(rooted, monkeypatch):
+    served = asyncio.run(rooted.create_collection("toys", None))
+    used = []
+
+    async def scenario() -> None:
+        loop, closing, go_on = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
+
+        def close() -> None:
+            loop.call_soon_threadsafe(closing.set)
+            assert go_on.wait(10)
+            used.append("closed")
+
+        monkeypatch.setattr(served, "close", close)
+        dropping = asyncio.ensure_future(rooted.drop_collection("toys"))
+        await closing.wait()
+        late = asyncio.ensure_future(rooted.in_store(used.append, "used"))
+        await asyncio.sleep(0)
+        assert not rooted._in_store
+        go_on.set()
+        await asyncio.gather(dropping, late)
+
+    asyncio.run(scenario())
+    assert used == ["closed", "used"]
+    monkeypatch.undo()
+    served.close()

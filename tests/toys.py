@@ -57,7 +57,7 @@ def toys(folder: Path, model_dir: Path, **settings: Any) -> Iterator[Toys]:
     """The service over ASGI, with a collection of COUNT pictures; items 0 and 1 are alike."""
     with _filled(folder, model_dir, settings) as (registry, pictures, vectors):
         app = create_app(registry.settings, registry)
-        with TestClient(app) as client:
+        with TestClient(app, base_url="http://localhost") as client:
             model = registry.models["tiny"].model
             yield Toys(model, registry, client, pictures, vectors)
 

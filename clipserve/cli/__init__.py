@@ -11,7 +11,7 @@ code 2. `--json` prints what a program may read.
     index.py      index build, info, check, compact, snapshot
     transfer.py   index export, import
     models.py     classify, import, export, doctor
-    serving.py    serve, demo
+    serving.py    serve, keys new, list, revoke, demo
 """
 
 import importlib.metadata
@@ -56,6 +56,7 @@ index_app.command()(index.snapshot)
 index_app.command("export")(transfer.export)
 index_app.command("import")(transfer.import_vectors)
 app.add_typer(index_app, name="index", no_args_is_help=True)
+app.add_typer(serving.keys, name="keys", no_args_is_help=True)
 
 _INTERRUPTED = 130
 _OWN_PACKAGES = ("clipserve", "training", "service", "index")

@@ -216,11 +216,11 @@ class AsyncClient:
         return sum(one is not None for one in found)
 
     async def delete(self, collection: str, ids: Iterable[str]) -> int:
-        """Remove items; returns how many were there."""
+        """Remove items; returns how many were there. Not repeated when the answer is lost."""
         place = address("collections", collection, "items:delete")
 
         async def send(encoded: Sequence[Any]) -> list[Any]:
-            answer = await self._call("POST", place, {"ids": encoded})
+            answer = await self._call("POST", place, {"ids": encoded}, idempotent=False)
             removed: int = answer["deleted"]
             return [removed] + [0] * (len(encoded) - 1)
 
@@ -235,8 +235,10 @@ class AsyncClient:
         return await self._read("GET", address("collections", name))
 
     async def create_collection(self, name: str, *, model: str | None = None) -> dict[str, Any]:
-        """A new, empty collection, of the vectors of one model."""
-        return await self._read("PUT", address("collections", name), _given(model=model))
+        """A new, empty collection, of the vectors of one model. Not repeated when the answer is
+        lost."""
+        place = address("collections", name)
+        return await self._read("PUT", place, _given(model=model), idempotent=False)
 
     async def drop_collection(self, name: str) -> None:
         """Delete a collection and all that is in it. Not repeated when the answer is lost."""

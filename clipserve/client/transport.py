@@ -155,4 +155,6 @@ def _retry_after_s(value: str) -> float | None:
         date = email.utils.parsedate_to_datetime(value)
     except ValueError:
         return None
+    if date.tzinfo is None:  # "-0000" is how a date says UTC and nothing of a place
+        date = date.replace(tzinfo=datetime.UTC)
     return max((date - datetime.datetime.now(datetime.UTC)).total_seconds(), 0.0)

@@ -20,6 +20,7 @@ from service.errors import NotFound, RequestError
 from service.inputs import Input, check_count, parse_picture, parse_text
 from service.registry import ServedModel
 from service.routes.state import ServedRegistry
+from service.schemas import Objects
 
 router = APIRouter(tags=["compatibility"])
 
@@ -30,7 +31,7 @@ _KEPT = ("id", "text", "uri", "tags", "mime_type")
 class PostRequest(Lenient):
     """Documents, and what to do with them."""
 
-    data: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    data: Annotated[Objects[dict[str, Any]], Field(min_length=1)]
     """each with text, blob (base64) or uri (a data URI), and for /rank with matches, the same"""
     exec_endpoint: Annotated[
         str | None, Field(validation_alias=AliasChoices("execEndpoint", "exec_endpoint"))

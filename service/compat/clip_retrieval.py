@@ -4,24 +4,24 @@ An index is a collection here, and an id its item's, a text. There is no safety 
 aesthetic score; asking for them changes nothing, as in a back end that was started without.
 """
 
-import asyncio
 import base64
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from fastapi import APIRouter, Request
-from pydantic import Field, ValidationError
+from pydantic import Field
 from starlette.responses import Response
 
 from index.collection import Item
 from index.search import MAX_HITS, Hit
+from service.bodies import parse_json
 from service.compat.vectors import Lenient, docs, embed, reply_bare
-from service.errors import RequestError, invalid_body
+from service.errors import RequestError
 from service.inputs import check_count, parse_picture, parse_text, parse_vector
 from service.registry import Registry, ServedCollection
 from service.replies import image_url
 from service.routes.state import ServedRegistry
-from service.schemas import K_MAX
+from service.schemas import K_MAX, Values
 
 router = APIRouter(tags=["compatibility"])
 
@@ -36,7 +36,7 @@ class KnnRequest(Lenient):
     image: str | None = None
     """base64"""
     image_url: str | None = None
-    embedding_input: list[float] | None = None
+    embedding_input: Values[float] | None = None
     modality: Literal["image", "text"] = "image"
     num_images: Annotated[int, Field(ge=1, le=K_MAX)] = 100
     """results that come with all that is known of them"""
@@ -50,17 +50,14 @@ class KnnRequest(Lenient):
 class MetadataRequest(Lenient):
     """Ids of results."""
 
-    ids: list[str]
+    ids: Values[str]
     indice_name: str | None = None
-
-
-Kind = TypeVar("Kind", bound=Lenient)
 
 
 @router.post("/knn-service", openapi_extra=docs(KnnRequest))
 async def knn_service(request: Request, registry: ServedRegistry) -> Response:
     """The nearest items, best first."""
-    body = await _read(request, registry, KnnRequest)
+    body = await parse_json(request, KnnRequest, await request.body())  # ClipClient names no type
     served = registry.collection(body.indice_name)
     vector = await _embed(registry, served, body)
     hits, items, pictures = await registry.in_store(_search, served, body, vector)
@@ -86,7 +83,7 @@ async def indices_list(registry: ServedRegistry) -> list[str]:
 @router.post("/metadata", openapi_extra=docs(MetadataRequest))
 async def metadata(request: Request, registry: ServedRegistry) -> Response:
     """What is known of results; ids that are not there are passed over."""
-    body = await _read(request, registry, MetadataRequest)
+    body = await parse_json(request, MetadataRequest, await request.body())
     served = registry.collection(body.indice_name)
     check_count(len(body.ids), K_MAX, "ids")
     items = await registry.in_store(served.collection.get, body.ids)
@@ -103,18 +100,6 @@ async def metadata(request: Request, registry: ServedRegistry) -> Response:
         if id in items
     ]
     return reply_bare(content, served.model)
-
-
-async def _read(request: Request, registry: Registry, kind: type[Kind]) -> Kind:
-    """JSON whatever it is called: ClipClient sends no Content-Type."""
-    loop = asyncio.get_running_loop()
-    try:
-        return await loop.run_in_executor(
-            registry.pool, kind.model_validate_json, await request.body()
-        )
-    except ValidationError as error:
-        problems = error.errors(include_url=False, include_context=False, include_input=False)
-        raise invalid_body(problems) from None
 
 
 async def _embed(registry: Registry, served: ServedCollection, body: KnnRequest) -> np.ndarray:

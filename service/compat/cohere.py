@@ -27,6 +27,7 @@ from service.errors import RequestError
 from service.inputs import Input, parse_input_of
 from service.replies import reply
 from service.routes.state import ServedRegistry
+from service.schemas import Values
 
 router = APIRouter(tags=["compatibility"])
 
@@ -35,16 +36,16 @@ class CohereEmbedRequest(Lenient):
     """Exactly one of texts, images and inputs."""
 
     model: str | None = None
-    texts: list[str] | None = None
-    images: list[str] | None = None
+    texts: Values[str] | None = None
+    images: Values[str] | None = None
     """data URIs"""
     inputs: Annotated[
-        list[Any] | None,
+        Values[Any] | None,
         Field(json_schema_extra={"items": {"type": "object"}}),
     ] = None
     """each {"content": [part]}; a part is {"type": "text", "text": ...} or {"type": "image_url",
     "image_url": {"url": data URI}}"""
-    embedding_types: list[Encoding] | None = None
+    embedding_types: Values[Encoding] | None = None
     """float when left out"""
     output_dimension: int | None = None
     """must be the model's own number, if given"""
@@ -57,7 +58,7 @@ class CohereRerankRequest(Lenient):
 
     model: str | None = None
     query: str
-    documents: list[str]
+    documents: Values[str]
     """texts, or pictures as data URIs"""
     top_n: Annotated[int, Field(ge=1)] | None = None
 

@@ -16,7 +16,7 @@ from service.registry import Registry, ServedModel
 from service.replies import reply
 from service.routes.embeddings import embeddings
 from service.routes.state import ServedRegistry
-from service.schemas import EmbeddingsRequest, request_docs
+from service.schemas import EmbeddingsRequest, Values, request_docs
 
 router = APIRouter(tags=["compatibility"])
 
@@ -25,7 +25,7 @@ class EmbeddingsImageRequest(Lenient):
     """Pictures alone; the older of Infinity's two ways."""
 
     model: str | None = None
-    input: str | list[str]
+    input: str | Values[str]
     """base64 or data URIs"""
     encoding_format: Literal["float", "base64"] = "float"
 

@@ -22,6 +22,7 @@ from service.inputs import Input, Picture, fetched, parse_input
 from service.registry import Registry, ServedModel
 from service.replies import reply
 from service.routes.state import ServedRegistry
+from service.schemas import Values
 
 router = APIRouter(tags=["compatibility"])
 
@@ -40,9 +41,9 @@ class RerankRequest(Lenient):
     model: str | None = None
     query: Annotated[Any, Field(json_schema_extra=_ITEM)]
     """a text, {"text": ...} or {"image": base64 or data URI}"""
-    documents: Annotated[list[Any] | None, Field(json_schema_extra={"items": _ITEM})] = None
+    documents: Annotated[Values[Any] | None, Field(json_schema_extra={"items": _ITEM})] = None
     """each as the query; a string that begins with data:image/ is a picture"""
-    texts: list[str] | None = None
+    texts: Values[str] | None = None
     top_n: Annotated[int, Field(ge=1)] | None = None
     """how many to return; all when left out"""
     return_documents: bool = False

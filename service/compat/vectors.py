@@ -16,12 +16,13 @@ from service.inputs import Input, check_count, fetched
 from service.pipeline import Embedded
 from service.registry import Registry, ServedModel
 from service.replies import model_headers, to_json
+from service.schemas import Body
 
 
-class Lenient(BaseModel):
+class Lenient(Body):
     """A body of which the fields that mean nothing here are passed over: clients send many."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="ignore")
 
 
 Encoding = Literal["float", "base64", "int8", "uint8", "binary", "ubinary"]

@@ -1,5 +1,6 @@
-"""POST /v1/classify: pictures x labels -> ranked probabilities, as JSON or as a form."""
+"""POST /v1/classify: pictures or texts x labels -> ranked probabilities; and GET /v1/label-sets."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,91 +9,171 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from clipserve.prompts import ClassHead
-from service.errors import at, error_fields
-from service.inputs import Picture, check_count, parse_labels, parse_picture, parse_templates
-from service.registry import Registry
-from service.replies import reply
-from service.routes.state import ServedRegistry
-from service.schemas import ClassifyRequest, is_form, read_form, read_json, request_docs
+from service.bodies import read
+from service.errors import NotFound, RequestError, at, error_fields
+from service.inputs import (
+    Input,
+    Picture,
+    check_count,
+    check_prompts,
+    fetched,
+    parse_labels,
+    parse_picture,
+    parse_templates,
+    parse_text,
+)
+from service.label_sets import LabelSets
+from service.registry import Registry, ServedModel
+from service.replies import reply, written
+from service.routes.state import ServedLabelSets, ServedRegistry
+from service.schemas import ClassifyRequest, request_docs
 
 router = APIRouter(tags=["classify"])
 
-_FORM = {
-    "files": {"type": "array", "items": {"type": "string", "format": "binary"}},
-    "labels": {"type": "string", "description": "separated by commas, or one a part"},
-    "templates": {"type": "string", "description": "a set's name, or templates with {}"},
-    "top_k": {"type": "integer"},
-    "model": {"type": "string"},
-}
-
 
 @dataclass(frozen=True)
-class _Question:
-    model: str | None
-    pictures: list[Picture]
-    labels: list[str]
-    templates: str | list[str]
-    top_k: int | None
+class _Items:
+    """What is classified, and what it is called in the request."""
+
+    param: str
+    inputs: list[Input]
 
 
-@router.post("/v1/classify", openapi_extra=request_docs(ClassifyRequest, _FORM))
-async def classify(request: Request, registry: ServedRegistry) -> Response:
-    """The probability of each label for each picture, most probable first.
+@router.post("/v1/classify", openapi_extra=request_docs(ClassifyRequest, pictures=True))
+async def classify(
+    request: Request, registry: ServedRegistry, label_sets: ServedLabelSets
+) -> Response:
+    """The probability of each label for each picture or text, most probable first.
 
     A picture that cannot be read gets an `error` in its place; the others are answered. When none
     can be read, that is the answer.
     """
     settings = registry.settings
-    question = await _read(request, registry)
-    served = registry.model(question.model)
-    check_count(len(question.pictures), settings.max_items, "images")
-    labels = parse_labels(question.labels, settings.max_labels)
-    head = await served.head(labels, parse_templates(question.templates))
-    answer = await served.pipeline.embed(question.pictures)
+    body, files = await read(
+        request,
+        ClassifyRequest,
+        max_files=settings.max_items,
+        max_fields=settings.max_labels + 100,
+    )
+    served = registry.model(body.model)
+    items = _items(body, files, registry)
+    head = _tempered(await _head(body, served, registry, label_sets), body)
+    answer = await served.pipeline.embed(await fetched(items.inputs, registry.fetcher))
     failed = [vector for vector in answer.vectors if isinstance(vector, Exception)]
     if len(failed) == len(answer.vectors):
-        raise at(failed[0], "images[0]")
-    top_k = min(question.top_k or len(labels), len(labels))
-    content = {
-        "object": "list",
-        "results": [_result(i, v, head, top_k) for i, v in enumerate(answer.vectors)],
-        "activation": "softmax" if head.logit_bias is None else "sigmoid",
-    }
-    return reply(content, served)
+        raise at(failed[0], f"{items.param}[0]")
+    top_k = min(body.top_k or len(head.labels), len(head.labels))
+
+    def write() -> Response:
+        results = _results(answer.vectors, items.param, head, top_k, body.min_probability)
+        if items.param == "texts":
+            for result, is_cut in zip(results, answer.truncated, strict=True):
+                result["truncated"] = is_cut
+        activation = "softmax" if head.logit_bias is None else "sigmoid"
+        content = {"object": "list", "results": results, "activation": activation}
+        return reply(content, served)
+
+    return await written(registry.pool, top_k * len(items.inputs), write)
 
 
-async def _read(request: Request, registry: Registry) -> _Question:
+@router.get("/v1/label-sets")
+async def label_sets(label_sets: ServedLabelSets) -> Response:
+    """The label sets that a classification may name."""
+    data = [
+        {"id": name, "object": "label_set", "count": len(labels), "labels": labels}
+        for name, labels in label_sets.items()
+    ]
+    return reply({"object": "list", "data": data})
+
+
+def _items(body: ClassifyRequest, files: list[bytes], registry: Registry) -> _Items:
     settings = registry.settings
-    if not is_form(request):
-        body = await read_json(request, ClassifyRequest)
-        check_count(len(body.images), settings.max_items, "images")
-        pictures = [parse_picture(text, f"images[{i}]") for i, text in enumerate(body.images)]
-        return _Question(body.model, pictures, body.labels, body.templates, body.top_k)
-    form = await read_form(
-        request, _FORM, max_files=settings.max_items, max_fields=settings.max_labels + 100
-    )
-    labels = form.all("labels")
-    templates = form.all("templates")
-    return _Question(
-        form.one("model"),
-        [Picture(data) for data in form.files],
-        labels[0].split(",") if len(labels) == 1 else labels,
-        templates[0] if len(templates) == 1 else templates or "none",
-        form.number("top_k", 1, settings.max_labels),
+    given = [name for name in ("images", "texts") if getattr(body, name) is not None]
+    if len(given) + bool(files) != 1:
+        raise RequestError(
+            "give one of images, texts and files of pictures, and no other", param="images"
+        )
+    if files:
+        check_count(len(files), settings.max_items, "images")
+        return _Items("images", [Picture(file) for file in files])
+    if body.texts is not None:
+        check_count(len(body.texts), settings.max_items, "texts")
+        limit = settings.max_text_chars
+        texts = [parse_text(text, f"texts[{i}]", limit) for i, text in enumerate(body.texts)]
+        return _Items("texts", [*texts])
+    images = body.images or []
+    check_count(len(images), settings.max_items, "images")
+    return _Items("images", [parse_picture(text, f"images[{i}]") for i, text in enumerate(images)])
+
+
+async def _head(
+    body: ClassifyRequest, served: ServedModel, registry: Registry, sets: LabelSets
+) -> ClassHead:
+    """The model's classifier over the labels, or the named ones, in the templates."""
+    settings = registry.settings
+    if (body.labels is None) == (body.label_set is None):
+        raise RequestError("give labels or label_set, one of the two", param="labels")
+    if body.label_set is None:
+        labels = parse_labels(body.labels or [], settings.max_labels, settings.max_text_chars)
+    elif body.label_set in sets:
+        labels = sets[body.label_set]
+    else:
+        known = ", ".join(sets) or "none"
+        raise NotFound(
+            f"no such label set; served here: {known}",
+            param="label_set",
+            code="label_set_not_found",
+        )
+    templates = parse_templates(body.templates, settings.max_text_chars)
+    check_prompts(labels, templates)
+    return await served.head(labels, templates)
+
+
+def _tempered(head: ClassHead, body: ClassifyRequest) -> ClassHead:
+    """The head with its logits divided by the temperature, and judged as was asked for."""
+    bias = head.logit_bias
+    if body.multi_label and bias is None:
+        raise RequestError(
+            "multi_label judges each label by a sigmoid, which needs a logit bias, and this model"
+            " was trained without one (with one: SigLIP); its probabilities only compare labels",
+            param="multi_label",
+            code="no_logit_bias",
+        )
+    if body.multi_label is False:
+        bias = None
+    return dataclasses.replace(
+        head,
+        logit_scale=head.logit_scale / body.temperature,
+        logit_bias=None if bias is None else bias / body.temperature,
     )
 
 
-def _result(
-    index: int, vector: np.ndarray | Exception, head: ClassHead, top_k: int
+def _results(
+    vectors: list[np.ndarray | Exception],
+    param: str,
+    head: ClassHead,
+    top_k: int,
+    min_probability: float | None,
+) -> list[dict[str, Any]]:
+    return [
+        {"index": index, "error": error_fields(vector, f"{param}[{index}]")}
+        if isinstance(vector, Exception)
+        else {"index": index, **_predictions(vector, head, top_k, min_probability)}
+        for index, vector in enumerate(vectors)
+    ]
+
+
+def _predictions(
+    vector: np.ndarray, head: ClassHead, top_k: int, min_probability: float | None
 ) -> dict[str, Any]:
-    if isinstance(vector, Exception):
-        return {"index": index, "error": error_fields(vector, f"images[{index}]")}
     probabilities = head.probabilities(vector[None])[0]  # (C,)
     best = np.argsort(-probabilities, kind="stable")[:top_k]
-    return {
-        "index": index,
-        "predictions": [
-            {"label": head.labels[c], "label_index": int(c), "probability": probabilities[c]}
-            for c in best
-        ],
-    }
+    if min_probability is not None:
+        best = best[probabilities[best] >= min_probability]
+    predictions = [
+        {"label": head.labels[c], "label_index": int(c), "probability": probabilities[c]}
+        for c in best
+    ]
+    if min_probability is None:
+        return {"predictions": predictions}
+    return {"predictions": predictions, "abstained": not predictions}

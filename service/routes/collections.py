@@ -1,217 +1,154 @@
-"""/v1/collections: what is in them, item by item, and changing that.
+"""/v1/collections: what is served, making, dropping and counting; `items.py` is what is in them."""
 
-An id is any text. In a path it is percent-encoded, "/" too (%2F), which is why ids are read from
-the path as it was sent: of the decoded one, `a/image` could be an item or the picture of `a`.
-"""
+import logging
+import threading
+from typing import Any
 
-import hashlib
-from typing import Annotated, Any
-from urllib.parse import unquote
-
-import numpy as np
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Depends, Request
+from pydantic_core import from_json
 from starlette.responses import Response
 
-from clipserve.errors import IndexStoreError
+from clipserve.errors import ClipserveError
 from index.cache import read_info
-from index.collection import Item, check_item
-from service.errors import NotFound, RequestError, at
-from service.inputs import Input, check_count, parse_picture, parse_text, parse_vector
+from index.filters import Filter, parse
+from index.maintain import Maintainer
+from service.auth import require
+from service.bodies import read_json
+from service.errors import RequestError
 from service.registry import ServedCollection
-from service.replies import image_url, reply
+from service.replies import reply
 from service.routes.state import ServedRegistry
-from service.schemas import UpsertItem, UpsertRequest, read_json, request_docs
+from service.schemas import CreateRequest, request_docs
 
+logger = logging.getLogger(__name__)
 router = APIRouter(tags=["collections"])
-
-_FOREVER = "public, max-age=31536000, immutable"
 
 
 @router.get("/v1/collections")
 async def collections(registry: ServedRegistry) -> Response:
     """Every collection served."""
-    served = registry.collections.values()
+    served = list(registry.collections.values())
     data = [await registry.in_store(_describe, collection) for collection in served]
     return reply({"object": "list", "data": data})
 
 
+# Before the collection's own route, which would match as well.
+@router.post(
+    "/v1/collections/{name}:rebuild", status_code=202, dependencies=[Depends(require("write"))]
+)
+async def rebuild(name: str, registry: ServedRegistry) -> Response:
+    """Build the index anew, in the background; searches go on with the old one until it is there.
+
+    As the one before was asked for. The collection says `rebuilding` until then.
+    """
+    served = registry.collection(name)
+    served.check_writable()
+    if not _is_rebuilding(name):
+        thread = threading.Thread(target=_rebuild, args=(served,), name=_thread(name), daemon=True)
+        thread.start()
+    return reply({"collection": name, "state": "rebuilding"}, served.model, status=202)
+
+
+@router.put(
+    "/v1/collections/{name}",
+    status_code=201,
+    dependencies=[Depends(require("write"))],
+    openapi_extra=request_docs(CreateRequest),
+)
+async def create(name: str, request: Request, registry: ServedRegistry) -> Response:
+    """Make an empty collection, below CLIPSERVE_COLLECTIONS_ROOT, for a model's vectors."""
+    body = await read_json(request, CreateRequest, optional=True)
+    served = await registry.create_collection(name, body.model)
+    return reply(await registry.in_store(_describe, served), served.model, status=201)
+
+
 @router.get("/v1/collections/{name}")
 async def collection(name: str, registry: ServedRegistry) -> Response:
-    """One collection, and the index it is searched with."""
+    """One collection, and the index it is searched with.
+
+    `stale` says that its model was replaced by another checkpoint; it is searched with the old one.
+    """
     served = registry.collection(name)
     return reply(await registry.in_store(_describe, served), served.model)
 
 
-@router.get("/v1/collections/{name}/items")
-async def items(
-    name: str,
-    registry: ServedRegistry,
-    request: Request,
-    start_after: str = "",
-    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
-) -> Response:
-    """Items in the order of their ids; the last id of a page is `start_after` of the next."""
+@router.delete("/v1/collections/{name}", dependencies=[Depends(require("admin"))])
+async def drop(name: str, registry: ServedRegistry) -> Response:
+    """Remove a collection, and all that is in it, from disk."""
     served = registry.collection(name)
-    page = await registry.in_store(served.collection.scan, start_after, limit)
-    generation = await registry.in_store(served.collection.generation)
-    urls = [image_url(request, name, item.id, generation) for item in page]
-    data = [_content(item, url) for item, url in zip(page, urls, strict=True)]
-    return reply({"object": "list", "collection": name, "data": data}, served.model)
+    await registry.drop_collection(name)
+    return reply({"collection": name, "dropped": True}, served.model)
 
 
-@router.put("/v1/collections/{name}/items", openapi_extra=request_docs(UpsertRequest))
-async def upsert(name: str, request: Request, registry: ServedRegistry) -> Response:
-    """Add or replace items, all or none; they are on disk when this answers."""
+@router.get("/v1/collections/{name}/count")
+async def count(name: str, registry: ServedRegistry, filter: str | None = None) -> Response:
+    """How many items there are, or how many a filter, as JSON, holds for."""
     served = registry.collection(name)
-    served.check_writable()
-    body = await read_json(request, UpsertRequest)
-    check_count(len(body.items), registry.settings.max_items, "items")
-    stored = _check_items(body.items)
-    vectors, thumbnails = await _embed(body.items, served)
-    await registry.in_store(served.collection.upsert, stored, vectors, thumbnails)
-    generation = await registry.in_store(served.collection.generation)
-    content = {"collection": name, "upserted": len(stored), "generation": generation}
-    return reply(content, served.model)
+    wanted = None if filter is None else _parse_filter(filter)
+    number = await registry.in_store(served.searcher.count, wanted)
+    return reply({"collection": name, "count": number}, served.model)
 
 
-# Before the item's own route, which would match as well.
-@router.get("/v1/collections/{name}/items/{id:path}/image")
-async def image(name: str, id: str, request: Request, registry: ServedRegistry) -> Response:
-    """The small JPEG that was kept of an item's picture. With `?v=` it may be cached for ever."""
-    if not _raw_path(request).endswith("/image"):  # an item whose own id ends so
-        return await item(name, id, request, registry)
-    served = registry.collection(name)
-    jpeg = await registry.in_store(
-        served.collection.thumbnail, _item_id(request).removesuffix("/image")
-    )
-    if jpeg is None:
-        raise NotFound("no such item, or no picture was kept of it", param="id")
-    etag = f'"{hashlib.sha256(jpeg).hexdigest()[:32]}"'
-    headers = {
-        "ETag": etag,
-        "Cache-Control": _FOREVER if "v" in request.query_params else "no-cache",
-        "X-Content-Type-Options": "nosniff",
-        "X-Clipserve-Fingerprint": served.model.fingerprint,
-    }
-    if request.headers.get("if-none-match") == etag:
-        return Response(status_code=304, headers=headers)
-    return Response(jpeg, headers=headers, media_type="image/jpeg")
+def _rebuild(served: ServedCollection) -> None:
+    try:
+        Maintainer(served.searcher).rebuild()
+    except Exception as error:  # whatever it is, searches go on
+        if served.is_closed:
+            logger.info("the index of %s is not built anew: it was dropped", served.name)
+            return
+        is_ours = isinstance(error, ClipserveError)
+        logger.error(
+            "the index of %s was not built anew, the old one stays: %s",
+            served.name,
+            error,
+            exc_info=None if is_ours else error,
+        )
 
 
-@router.get("/v1/collections/{name}/items/{id:path}")
-async def item(name: str, id: str, request: Request, registry: ServedRegistry) -> Response:
-    """What is known of one item."""
-    served = registry.collection(name)
-    id = _item_id(request)
-    found = await registry.in_store(served.collection.get, [id])
-    if id not in found:
-        raise NotFound("no such item", param="id", code="item_not_found")
-    generation = await registry.in_store(served.collection.generation)
-    content = _content(found[id], image_url(request, name, id, generation))
-    return reply({"collection": name} | content, served.model)
+def _is_rebuilding(name: str) -> bool:
+    return any(thread.name == _thread(name) for thread in threading.enumerate())
 
 
-@router.delete("/v1/collections/{name}/items/{id:path}")
-async def delete(name: str, id: str, request: Request, registry: ServedRegistry) -> Response:
-    """Remove an item; gone from disk when this answers."""
-    served = registry.collection(name)
-    served.check_writable()
-    removed = await registry.in_store(served.collection.delete, [_item_id(request)])
-    if not removed:
-        raise NotFound("no such item", param="id", code="item_not_found")
-    generation = await registry.in_store(served.collection.generation)
-    content = {"collection": name, "deleted": removed, "generation": generation}
-    return reply(content, served.model)
+def _thread(name: str) -> str:
+    return f"rebuild {name}"
 
 
 def _describe(served: ServedCollection) -> dict[str, Any]:
     collection = served.collection
     info = read_info(collection.path)
+    stats = served.searcher.stats()
     return {
         "name": served.name,
         "object": "collection",
         "count": collection.count(),
         "embed_dim": collection.embed_dim,
+        "dtype": collection.dtype.name,
         "generation": collection.generation(),
         "model": served.model.name,
         "fingerprint": served.model.fingerprint,
-        "index": {"kind": info.kind, "reason": info.reason, "count": info.count} if info else None,
+        "stale": served.stale,
+        "searched": {"indexed": stats.indexed, "fresh": stats.fresh, "dead": stats.dead},
+        "rebuilding": _is_rebuilding(served.name),
+        "index": {
+            "kind": info.kind,
+            "reason": info.reason,
+            "count": info.count,
+            "generation": info.generation,
+            "memory_bytes": info.memory_bytes,
+            "recall_target": info.recall_target,
+        }
+        if info
+        else None,
     }
 
 
-def _content(item: Item, url: str) -> dict[str, Any]:
-    return {
-        "id": item.id,
-        "caption": item.caption,
-        "metadata": item.metadata,
-        "image_url": url,
-    }
-
-
-def _raw_path(request: Request) -> str:
-    """The path as it was sent, before %2F became a slash."""
-    raw = request.scope.get("raw_path") or request.scope["path"].encode()
-    return str(raw.decode("ascii", "surrogateescape"))
-
-
-def _item_id(request: Request) -> str:
-    """The id in the path; a text that cannot be one is not found."""
-    _, _, quoted = _raw_path(request).partition("/items/")
+def _parse_filter(text: str) -> Filter:
     try:
-        return unquote(quoted, errors="strict")
-    except UnicodeDecodeError:
-        raise NotFound("no such item", param="id", code="item_not_found") from None
-
-
-def _check_items(given: list[UpsertItem]) -> list[Item]:
-    """As they will be stored; what the collection would refuse is refused here, by its place."""
-    seen: set[str] = set()
-    stored = []
-    for index, one in enumerate(given):
-        item = Item(one.id, one.caption, "rest", one.metadata)
-        try:
-            check_item(item)
-        except IndexStoreError:
-            raise RequestError(
-                f"items[{index}] cannot be stored: an id is 1 to 512 bytes of text, metadata is"
-                " JSON without NaN",
-                param=f"items[{index}]",
-            ) from None
-        if one.id in seen:
-            raise RequestError(
-                f"items[{index}].id is given twice; keep one", param=f"items[{index}].id"
-            )
-        seen.add(one.id)
-        stored.append(item)
-    return stored
-
-
-async def _embed(
-    given: list[UpsertItem], served: ServedCollection
-) -> tuple[np.ndarray, list[bytes | None]]:
-    """Vectors (N, E) and thumbnails, in the order given."""
-    values = [_value(one, f"items[{i}]", served) for i, one in enumerate(given)]
-    places = [i for i, value in enumerate(values) if not isinstance(value, np.ndarray)]
-    inputs = [value for value in values if not isinstance(value, np.ndarray)]
-    answer = await served.model.pipeline.embed(inputs, thumbnails=True)
-    vectors = [value if isinstance(value, np.ndarray) else None for value in values]
-    thumbnails: list[bytes | None] = [None] * len(given)
-    for place, vector, thumbnail in zip(places, answer.vectors, answer.thumbnails, strict=True):
-        if isinstance(vector, Exception):
-            raise at(vector, f"items[{place}]")
-        vectors[place], thumbnails[place] = vector, thumbnail
-    return np.stack([vector for vector in vectors if vector is not None]), thumbnails
-
-
-def _value(one: UpsertItem, place: str, served: ServedCollection) -> Input | np.ndarray:
-    given = [kind for kind in ("image", "text", "vector") if getattr(one, kind) is not None]
-    if len(given) != 1:
+        value = from_json(text)
+    except ValueError:
         raise RequestError(
-            f"{place} needs exactly one of image, text and vector; {len(given)} were given",
-            param=place,
-        )
-    if one.vector is not None:
-        return parse_vector(one.vector, served.collection.embed_dim, f"{place}.vector")
-    if one.image is not None:
-        return parse_picture(one.image, f"{place}.image")
-    return parse_text(one.text or "", f"{place}.text")
+            'filter is not JSON; write for example {"color": "red", "price": {"lt": 10}}',
+            param="filter",
+            code="invalid_filter",
+        ) from None
+    return parse(value)

@@ -1,16 +1,19 @@
 """/health and /metrics, for probes and scrapers.
 
-Ready means that a text went through the real queue and came back from the model in time.
+Live means that the process answers, whatever its models do. Ready means that a text went through
+the real queue of every model and came back in time; not while models load, nor on the way out.
 """
 
 import asyncio
 import logging
 import time
+from typing import Any
 
 from fastapi import APIRouter, Request
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
 
+from service.drain import Lifecycle
 from service.errors import NotReady, RequestError
 from service.inputs import Text
 from service.registry import Registry, ServedModel
@@ -26,25 +29,28 @@ _FRESH_S = 1.0
 class Readiness:
     """The last canary's word; however many probes ask, one canary a second runs."""
 
-    def __init__(self, registry: Registry) -> None:
+    def __init__(self, registry: Registry, lifecycle: Lifecycle) -> None:
         self._registry = registry
+        self._lifecycle = lifecycle
         self._lock = asyncio.Lock()
         self._checked_s = -_FRESH_S
         self._error: NotReady | None = None
 
     async def check(self) -> None:
-        """NotReady if a model does not answer."""
+        """NotReady while models load, on the way out, and if a model does not answer."""
+        self._lifecycle.check()
         async with self._lock:
             if time.monotonic() - self._checked_s >= _FRESH_S:
                 self._error = await self._run()
                 self._checked_s = time.monotonic()
+        self._lifecycle.check()
         if self._error is not None:
             raise NotReady(str(self._error))
 
     async def _run(self) -> NotReady | None:
         if not self._registry.models:
             return NotReady("no model is served")
-        for served in self._registry.models.values():
+        for served in list(self._registry.models.values()):
             try:
                 async with asyncio.timeout(self._registry.settings.ready_timeout_s):
                     await _canary(served)
@@ -55,21 +61,26 @@ class Readiness:
 
 
 @router.get("/health")
-async def health(registry: ServedRegistry) -> Response:
-    """The process answers, and serves these models."""
+async def health(request: Request, registry: ServedRegistry) -> Response:
+    """The process answers, and serves these models; strangers are not told which."""
+    content: dict[str, Any] = {"status": "ok", "unix": time.time()}
+    if request.app.state.has_keys:
+        return reply(content)
     models = [
         {"name": served.name, "fingerprint": served.fingerprint}
-        for served in registry.models.values()
+        for served in list(registry.models.values())  # which a thread fills while they load
     ]
-    return reply({"status": "ok", "unix": time.time(), "models": models})
+    return reply({**content, "models": models})
 
 
+@router.head("/health/live", include_in_schema=False)
 @router.get("/health/live")
 async def live() -> Response:
     """The process answers."""
     return reply({"status": "live"})
 
 
+@router.head("/health/ready", include_in_schema=False)
 @router.get("/health/ready")
 async def ready(request: Request) -> Response:
     """503 unless every model answers a canary in time."""
@@ -85,5 +96,5 @@ async def metrics(registry: ServedRegistry) -> Response:
 
 
 async def _canary(served: ServedModel) -> None:
-    answer = await served.pipeline.embed([Text("a canary")], urgent=True)
+    answer = await served.pipeline.embed([Text("a canary")], priority="urgent")
     answer.rows()

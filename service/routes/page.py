@@ -54,6 +54,7 @@ class _File:
     media_type: str
 
 
+@router.head("/")
 @router.get("/")
 async def page(request: Request) -> Response:
     """The web page."""

@@ -1,0 +1,187 @@
+"""What waits for one model, and which of it makes the next batch.
+
+Bookkeeping alone: no threads, no clock, nothing locked (the caller holds a lock). Kinds never mix
+in a batch. Urgent items go first, interactive ones before bulk; among equals requests take turns,
+an item each, so that a long request does not hold up the short ones behind it. Start at
+`Schedule.next_batch`.
+"""
+
+import itertools
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from service.errors import NotReady
+from service.notes import notes
+
+Kind = Literal["image", "text", "match", "call"]
+KINDS: tuple[Kind, ...] = ("image", "text", "match", "call")
+Priority = Literal["urgent", "interactive", "bulk"]
+_PRIORITIES: tuple[Priority, ...] = ("urgent", "interactive", "bulk")
+
+_BULK_EVERY = 8
+"""while both wait, so many interactive batches run for one of bulk; and after so many of bulk
+without an interactive one, bulk batches need not be small any more"""
+_BULK_SHARE = 4
+"""a bulk batch that an interactive item may have to wait for is this much smaller"""
+
+
+class Abandoned(NotReady):
+    """Nobody waits for this item any more."""
+
+
+class Job:
+    """The items of one request. Each is settled once, with its answer or an error."""
+
+    def __init__(self, size: int, free_slot: Callable[[], None]) -> None:
+        self.results: list[Any] = [None] * size
+        self.done: Future[None] = Future()
+        self.done.set_running_or_notify_cancel()  # so that a waiter cannot cancel it
+        self._unsettled = size
+        self._free_slot = free_slot
+        self._lock = threading.Lock()
+        self._watchers: dict[int, Callable[[Any], None]] = {}
+        self.notes = notes()
+        self.notes.items += size
+        if not size:
+            self.done.set_result(None)
+
+    def settle(self, index: int, result: Any) -> None:
+        """Later results for an item that is settled are dropped."""
+        with self._lock:
+            if self.results[index] is not None:
+                return
+            self.results[index] = result
+            self._unsettled -= 1
+            last = self._unsettled == 0
+            watcher = self._watchers.pop(index, None)
+        self._free_slot()
+        if watcher is not None:
+            watcher(result)
+        if last:
+            self.done.set_result(None)
+
+    def when_settled(self, index: int, call: Callable[[Any], None]) -> None:
+        """Have it called once with the item's result; at once if there is one."""
+        with self._lock:
+            result = self.results[index]
+            if result is None:
+                self._watchers[index] = call
+                return
+        call(result)
+
+    def is_settled(self, index: int) -> bool:
+        return self.results[index] is not None
+
+
+@dataclass(frozen=True, eq=False)
+class Item:
+    """One prepared picture, text, pair or call."""
+
+    job: Job
+    index: int
+    kind: Kind
+    data: Any
+    priority: Priority
+    arrived_s: float
+
+    def settle(self, result: Any) -> None:
+        self.job.settle(self.index, result)
+
+
+class Schedule:
+    """The items that wait. `max_batch` is the largest batch of each kind."""
+
+    def __init__(self, max_batch: Mapping[Kind, int]) -> None:
+        self._max_batch = max_batch
+        self._turns = itertools.count()
+        self._lanes = {(p, kind): _Lane(self._turns) for p in _PRIORITIES for kind in KINDS}
+        self._passed_over = 0
+        """interactive batches since one of bulk, while bulk waited"""
+        self._undisturbed = _BULK_EVERY
+        """bulk batches since an interactive one"""
+
+    def add(self, item: Item) -> None:
+        self._lanes[item.priority, item.kind].add(item)
+
+    def drop(self, job: Job) -> None:
+        """Take out what is left of a job."""
+        for lane in self._lanes.values():
+            lane.drop(job)
+
+    def clear(self) -> list[Item]:
+        """Take out everything."""
+        return [item for lane in self._lanes.values() for item in lane.take_all()]
+
+    def __bool__(self) -> bool:
+        return any(self._lanes.values())
+
+    def next_batch(self) -> list[Item]:
+        """Take out a batch: of the most pressing priority, the kind that waited longest."""
+        priority = self._next_priority()
+        waiting = [kind for kind in KINDS if self._lanes[priority, kind]]
+        kind = min(waiting, key=lambda kind: self._lanes[priority, kind].first_turn)
+        batch = self._lanes[priority, kind].take(self._size(priority, kind))
+        if priority == "urgent":  # a canary alone would waste a run
+            rest = self._max_batch[kind] - len(batch)
+            batch += self._lanes["interactive", kind].take(rest)
+        return batch
+
+    def _next_priority(self) -> Priority:
+        waiting = {priority for (priority, _), lane in self._lanes.items() if lane}
+        if "urgent" in waiting:
+            return "urgent"
+        if "bulk" not in waiting or ("interactive" in waiting and self._passed_over < _BULK_EVERY):
+            self._passed_over += "bulk" in waiting
+            self._undisturbed = 0
+            return "interactive"
+        self._passed_over = 0
+        self._undisturbed += 1
+        return "bulk"
+
+    def _size(self, priority: Priority, kind: Kind) -> int:
+        largest = self._max_batch[kind]
+        if priority == "bulk" and self._undisturbed <= _BULK_EVERY:
+            return max(1, largest // _BULK_SHARE)
+        return largest
+
+
+class _Lane:
+    """Items of one kind and priority, by job. Who was served goes to the end of the line."""
+
+    def __init__(self, turns: Iterator[int]) -> None:
+        self._turns = turns
+        self._jobs: OrderedDict[Job, tuple[int, deque[Item]]] = OrderedDict()
+
+    def add(self, item: Item) -> None:
+        if item.job not in self._jobs:
+            self._jobs[item.job] = (next(self._turns), deque())
+        self._jobs[item.job][1].append(item)
+
+    def drop(self, job: Job) -> None:
+        self._jobs.pop(job, None)
+
+    def take(self, size: int) -> list[Item]:
+        taken: list[Item] = []
+        while self._jobs and len(taken) < size:
+            job, (_, items) = self._jobs.popitem(last=False)
+            taken.append(items.popleft())
+            if items:
+                self._jobs[job] = (next(self._turns), items)
+        return taken
+
+    def take_all(self) -> list[Item]:
+        items = [item for _, own in self._jobs.values() for item in own]
+        self._jobs.clear()
+        return items
+
+    @property
+    def first_turn(self) -> int:
+        """When the one that waits longest came, or was served last."""
+        return next(iter(self._jobs.values()))[0]
+
+    def __bool__(self) -> bool:
+        return bool(self._jobs)

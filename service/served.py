@@ -1,0 +1,172 @@
+"""A model or a collection as it is served. Start at `ServedModel`.
+
+Legend: C classes, M templates, E embedding.
+"""
+
+import contextlib
+import threading
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from clipserve.checkpoint import MANIFEST
+from clipserve.config import RerankScore
+from clipserve.embed import describe_precision
+from clipserve.errors import CollectionClosed
+from clipserve.model import Model
+from clipserve.prompts import ClassHead, fill, head_from_prompts, load_templates
+from index.collection import Collection
+from index.database import is_writable
+from index.maintain import Maintainer
+from index.rerank import Reranked, rerank
+from index.search import Hit, Searcher
+from service.errors import Forbidden, RequestError
+from service.heads import HeadCache, digest
+from service.inputs import Input, Picture, Text
+from service.pipeline import Pipeline
+from service.settings import Settings
+
+_NAME_BYTES = 128
+"""of a label as it usually is"""
+
+
+class ServedModel:
+    """A model, its queue, and the heads made from it. Who holds it, or its pipeline, may use it to
+    the end: its thread ends when nobody does any more."""
+
+    def __init__(
+        self,
+        model: Model,
+        name: str,
+        pipeline: Pipeline,
+        settings: Settings,
+        path: Path | None = None,
+    ) -> None:
+        assert model.info.fingerprint is not None
+        self.model = model
+        self.name = name
+        self.fingerprint = model.info.fingerprint
+        self.pipeline = pipeline
+        self.path = path
+        """where it was loaded from, and is loaded from again"""
+        self.created = _written(path)
+        """Unix time of the checkpoint, or of loading what was never on disk"""
+        label_bytes = 4 * model.embed_dim + _NAME_BYTES
+        self._heads = HeadCache(settings.max_cached_labels * label_bytes, pipeline.observer)
+        self._settings = settings
+
+    @property
+    def precision(self) -> str:
+        """The dtype of its vectors, and what was measured to choose it."""
+        return describe_precision(self.model)
+
+    async def head(self, labels: tuple[str, ...], templates: str | tuple[str, ...]) -> ClassHead:
+        """The classifier over checked labels and templates, as `model.zero_shot` makes it."""
+        sets = tuple(load_templates(templates)) if isinstance(templates, str) else templates
+        count, limit = len(labels) * len(sets), self._settings.max_prompts
+        if count > limit:
+            raise RequestError(
+                f"{len(labels)} labels in {len(sets)} templates are {count} texts; at most {limit}"
+                " are allowed in one request",
+                param="labels",
+                code="too_many_items",
+            )
+        key = (self.fingerprint, self.model.dtype, digest(labels, sets))
+        return await self._heads.get(key, lambda: self._build_head(labels, sets))
+
+    async def match(
+        self, images: Sequence[Input], texts: Sequence[Input]
+    ) -> list[float | Exception]:
+        """How likely image i and text i belong together, read jointly."""
+        self._check_fusion()
+        pairs = [
+            (image, text)
+            for image, text in zip(images, texts, strict=True)
+            if isinstance(image, Picture) and isinstance(text, Text)
+        ]
+        if len(pairs) < len(images):
+            raise RequestError("a pair is a picture and a text, in this order", param="images")
+        return await self.pipeline.match(pairs)
+
+    async def rerank(
+        self,
+        texts: Sequence[str],
+        hits: Sequence[Sequence[Hit]],
+        collection: Collection,
+        *,
+        k_test: int = 16,
+        score: RerankScore = "matching+contrastive",
+    ) -> Reranked:
+        """`index.rerank.rerank` on the model's thread, where it does not fight with a batch for the
+        processors."""
+        self._check_fusion()
+        work = partial(rerank, self.model, texts, hits, collection, k_test=k_test, score=score)
+        return await self.pipeline.run(work)
+
+    def _check_fusion(self) -> None:
+        if not self.model.has_fusion:
+            raise RequestError(
+                "this model compares vectors and has no matching head; use an ALBEF",
+                param="model",
+                code="no_matching",
+            )
+
+    async def _build_head(self, labels: tuple[str, ...], sets: tuple[str, ...]) -> ClassHead:
+        """Through the queue, in pieces, so that other requests get their turn in between."""
+        prompts = [Text(fill(template, label)) for label in labels for template in sets]
+        parts = []
+        for start in range(0, len(prompts), self._settings.max_text_batch):
+            piece = prompts[start : start + self._settings.max_text_batch]
+            parts.append((await self.pipeline.embed(piece)).rows())
+        return head_from_prompts(self.model, labels, np.concatenate(parts))
+
+
+class ServedCollection:
+    """An open collection and the model that made its vectors."""
+
+    def __init__(self, searcher: Searcher, model: ServedModel, settings: Settings) -> None:
+        self.searcher = searcher
+        self.collection: Collection = searcher.collection
+        self.name = searcher.collection.name
+        self.model = model
+        self.stale = False
+        """whether its model is no longer served under its own name, a reload having replaced it"""
+        self.is_closed = False
+        self._read_only = settings.read_only
+        self._running = contextlib.ExitStack()
+        self._running.callback(searcher.close)
+        self._by_field = {searcher.field: searcher}
+        self._lock = threading.Lock()
+        if settings.rebuild_indexes and is_writable(searcher.collection.path):
+            self._running.enter_context(Maintainer(searcher))
+
+    def check_writable(self) -> None:
+        """Forbidden if the settings allow no changes."""
+        if self._read_only:
+            raise Forbidden("this service does not change collections; unset CLIPSERVE_READ_ONLY")
+
+    def searcher_of(self, field: str) -> Searcher:
+        """Over the vectors of "image" or "text"; opened at its first use, which reads them."""
+        with self._lock:
+            if self.is_closed:
+                raise CollectionClosed(f"collection {self.name!r} is closed")
+            if field not in self._by_field:
+                made = Searcher(
+                    self.collection.path, fingerprint=self.model.fingerprint, field=field
+                )
+                self._running.callback(made.close)
+                self._by_field[field] = made
+            return self._by_field[field]
+
+    def close(self) -> None:
+        """Nobody may be searching any more."""
+        with self._lock:
+            self.is_closed = True
+        self._running.close()
+
+
+def _written(path: Path | None) -> int:
+    return int(time.time() if path is None else (path / MANIFEST).stat().st_mtime)

@@ -1,0 +1,192 @@
+"""uvicorn, as this service runs it: it answers probes while models load, and drains on SIGTERM."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import resource
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from clipserve.errors import ConfigError
+from service.drain import Lifecycle
+from service.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+_SPARE_FILES = 512
+"""file descriptors for other things than connections"""
+
+
+class Server(uvicorn.Server):
+    """Loads in a thread of its own once it listens; `failure` says why it ended, if loading did."""
+
+    def __init__(
+        self,
+        app: FastAPI,
+        settings: Settings,
+        lifecycle: Lifecycle,
+        *,
+        load: Callable[[], None],
+        say_ready: Callable[[], None],
+    ) -> None:
+        config = uvicorn.Config(
+            app,
+            http=_connections(settings),
+            log_config=None,  # the command line sets logging up
+            access_log=False,
+            server_header=False,
+            ws="none",
+            # Headers that are somewhat too large get their answer; larger ones uvicorn's own.
+            h11_max_incomplete_event_size=2 * settings.max_header_bytes,
+            timeout_graceful_shutdown=1,  # what is worth waiting for was waited for in `_drain`
+        )
+        super().__init__(config)
+        self.failure: BaseException | None = None
+        self._settings = settings
+        self._lifecycle = lifecycle
+        self._load, self._say_ready = load, say_ready
+        self._loading = threading.Thread(target=self._run_load, name="load", daemon=True)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._draining: asyncio.Task[None] | None = None
+
+    def run_until_signal(self, listener: socket.socket) -> None:
+        """uvicorn raises the signal again when all is done, which shall end in code 0."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        _allow_files(self._settings.max_connections + _SPARE_FILES)
+        try:
+            with contextlib.suppress(KeyboardInterrupt):
+                self.run(sockets=[listener])
+        finally:
+            self._await_loading()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.should_exit:  # uvicorn has logged why
+            self.failure = ConfigError("the service cannot start; its log says why")
+            return
+        self._loop = asyncio.get_running_loop()
+        self._loading.start()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal drains, the second ends at once."""
+        if self._loop is None or self._draining is not None or self._loading.is_alive():
+            super().handle_exit(sig, frame)
+        else:
+            self._captured_signals.append(sig)
+            self._loop.call_soon_threadsafe(self._start_draining)
+
+    def _await_loading(self) -> None:
+        """A process that ends while a thread of it is inside torch is aborted."""
+        if self._loading.ident is None:
+            return
+        self._loading.join(self._settings.shutdown_timeout_s)
+        if self._loading.is_alive():
+            logger.warning("ending while models load")
+            os._exit(0)
+
+    def _start_draining(self) -> None:
+        if self._draining is None:
+            self._draining = asyncio.ensure_future(self._drain())
+
+    async def _drain(self) -> None:
+        logger.info("shutting down: what is being served is finished, nothing else is begun")
+        await self._lifecycle.drain(self._settings.shutdown_timeout_s)
+        self.should_exit = True
+
+    def _run_load(self) -> None:
+        try:
+            self._load()
+        except BaseException as error:  # raised again where the command line sees it
+            self.failure = error
+            self.should_exit = True
+        else:
+            if not self.should_exit:  # no signal came first
+                self._lifecycle.phase = "serving"
+                self._say_ready()
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; ConfigError says why there is none."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        # With the protocol named, or asyncio sets no TCP_NODELAY and every answer takes 40 ms more.
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise ConfigError(f"host {host!r} cannot be listened on: {error.strerror}") from None
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"cannot listen on {host} port {port}: {error.strerror}; stop what uses it, or give"
+            " another --port"
+        ) from None
+    return listener
+
+
+class Connection(H11Protocol):
+    """Closes itself when it is one too many, or waits too long for a whole request.
+
+    uvicorn has a limit for the time between requests, but none for a first one that never comes,
+    nor for one that comes a byte a minute, nor for a body that goes on when it was refused already.
+    """
+
+    idle_timeout_s: float
+    max_connections: int
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) > self.max_connections:
+            transport.abort()
+        else:
+            self._wait()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        super().connection_lost(exc)
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._wait()
+
+    def _wait(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self.loop.call_later(self.idle_timeout_s, self._close_if_idle)
+
+    def _close_if_idle(self) -> None:
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.abort()
+
+
+def _connections(settings: Settings) -> Any:
+    limits = {
+        "idle_timeout_s": settings.body_timeout_s,
+        "max_connections": settings.max_connections,
+    }
+    return type("Connection", (Connection,), limits)
+
+
+def _allow_files(count: int) -> None:
+    """Raise the limit of open files as far as this process may, towards `count`."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -1,0 +1,105 @@
+"""Which items are the next batch. No threads, no model."""
+
+import pytest
+
+from service.scheduler import Item, Job, Schedule
+
+
+@pytest.fixture
+def schedule() -> Schedule:
+    return Schedule({"image": 4, "text": 8, "match": 4, "call": 1})
+
+
+def put(schedule, *data, kind="text", priority="interactive", job=None):
+    job = job or Job(len(data), lambda: None)
+    for index, one in enumerate(data):
+        schedule.add(Item(job, index, kind, one, priority, 0.0))
+    return job
+
+
+def batch(schedule):
+    return [item.data for item in schedule.next_batch()]
+
+
+@pytest.mark.parametrize(("first", "second"), [("image", "text"), ("text", "image")])
+def test_kinds_go_apart_and_the_longest_waiting_first(schedule, first, second):
+    put(schedule, 1, kind=first)
+    put(schedule, 2, kind=second)
+    put(schedule, 3, kind=first)
+    assert [batch(schedule), batch(schedule), bool(schedule)] == [[1, 3], [2], False]
+
+
+def test_a_batch_is_never_larger_than_its_kind_allows(schedule):
+    put(schedule, *range(6), kind="image")
+    assert [len(batch(schedule)) for _ in range(2)] == [4, 2]
+
+
+def test_a_long_request_does_not_hold_up_a_short_one_behind_it(schedule):
+    put(schedule, *range(100, 120))
+    put(schedule, 1)
+    assert batch(schedule) == [100, 1, 101, 102, 103, 104, 105, 106]
+
+
+def test_a_long_request_does_not_hold_up_the_other_kind(schedule):
+    put(schedule, *range(100, 120), kind="image")
+    put(schedule, 1, kind="text")
+    assert batch(schedule) == [100, 101, 102, 103]
+    assert batch(schedule) == [1]
+
+
+def test_interactive_goes_before_bulk(schedule):
+    put(schedule, 1, priority="bulk", kind="image")
+    put(schedule, 2)
+    assert [batch(schedule), batch(schedule)] == [[2], [1]]
+
+
+def test_bulk_gets_one_small_batch_after_eight_interactive_ones(schedule):
+    put(schedule, *range(100), priority="bulk")
+    ran = []
+    for _ in range(18):
+        put(schedule, -1)
+        ran.append(batch(schedule))
+    assert [i for i, items in enumerate(ran) if items[0] >= 0] == [8, 17]
+    assert len(ran[8]) == 2  # a quarter, for somebody waits, or soon will
+
+
+def test_bulk_alone_grows_to_full_batches(schedule):
+    put(schedule, -1)
+    put(schedule, *range(100), priority="bulk")
+    assert [len(batch(schedule)) for _ in range(11)] == [1] + [2] * 8 + [8] * 2
+
+
+def test_urgent_goes_first_and_takes_others_of_its_kind_along(schedule):
+    put(schedule, 1, kind="image")
+    put(schedule, 2)
+    put(schedule, 3, priority="bulk")
+    put(schedule, 99, priority="urgent")
+    assert batch(schedule) == [99, 2]
+
+
+def test_a_dropped_job_leaves_nothing(schedule):
+    gone = put(schedule, 1, 2)
+    put(schedule, 3)
+    schedule.drop(gone)
+    assert batch(schedule) == [3]
+    assert not schedule
+
+
+def test_clearing_takes_everything_out(schedule):
+    put(schedule, 1, kind="image")
+    put(schedule, 2, priority="bulk")
+    assert sorted(item.data for item in schedule.clear()) == [1, 2]
+    assert not schedule
+
+
+def test_a_result_is_settled_once_and_told_once():
+    job, told = Job(1, lambda: None), []
+    job.when_settled(0, told.append)
+    job.settle(0, "first")
+    job.settle(0, "late")
+    job.when_settled(0, told.append)
+    assert (job.results, told) == (["first"], ["first", "first"])
+
+
+def test_a_job_of_nothing_is_done():
+    assert Job(0, lambda: None).done.done()
