@@ -1,6 +1,6 @@
-"""Requests a second of our service beside Infinity's and clip-server's, on the same weights.
+"""What our service does a second beside Infinity, on the same weights.
 
-    python -m benchmarks.service --install        # the peers, each in an environment of its own
+    python -m benchmarks.service --install        # Infinity, in an environment of its own
     python -m benchmarks.service [--clients 1 8 32 64] [--rounds 3] [--seconds 6] [--only NAME ...]
         [--out FILE.json]
 
@@ -30,7 +30,6 @@ from benchmarks.embedding import processor
 from benchmarks.service_load import closed_loop, open_loop
 from benchmarks.service_peers import (
     Peer,
-    clip_server,
     infinity,
     make_models,
     ours,
@@ -39,10 +38,7 @@ from benchmarks.service_peers import (
 )
 
 FOLDER = Path("build/service")
-ENVIRONMENTS = {
-    "infinity": ["infinity-emb[torch,server]==0.0.78", "aiohttp", "pillow"],
-    "clip-server": ["clip-server==0.8.3", "setuptools<70"],
-}
+INFINITY = ["infinity-emb[torch,server]==0.0.78", "aiohttp", "pillow"]
 WORK = {"1 text": 0, "1 picture": 1, "8 pictures": 8}
 """pictures in each request"""
 PACKAGES = ("torch", "fastapi", "uvicorn")
@@ -51,8 +47,7 @@ PACKAGES = ("torch", "fastapi", "uvicorn")
 def main() -> None:
     arguments = read_arguments()
     if arguments.install:
-        for name, packages in ENVIRONMENTS.items():
-            install(FOLDER / name, packages)
+        install(FOLDER / "infinity", INFINITY)
         return
     make_models(FOLDER / "models", FOLDER / "infinity")
     peers = [peer for peer in known() if not arguments.only or peer.name in arguments.only]
@@ -91,8 +86,6 @@ def known() -> list[Peer]:
     peers = [ours()]
     if (FOLDER / "infinity/bin/infinity_emb").exists():
         peers += [infinity(FOLDER / "infinity", dtype) for dtype in ("float32", "bfloat16")]
-    if (FOLDER / "clip-server/bin/python").exists():
-        peers.append(clip_server(FOLDER / "clip-server"))
     return peers
 
 

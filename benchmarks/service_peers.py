@@ -1,8 +1,7 @@
 """The services that the benchmark of ours compares: how each is installed, started and asked.
 
-Each peer has an environment of its own below build/service, made by `install`. All serve a ViT-B/32
-with the same random weights: ours from a model directory, Infinity from the same weights as
-transformers' CLIPModel, clip-server from open_clip's file of them.
+A peer has an environment of its own below build/service. All serve a ViT-B/32 with the same random
+weights: ours from a model directory, Infinity from transformers' CLIPModel of them.
 """
 
 import contextlib
@@ -141,27 +140,6 @@ def infinity(environment: Path, dtype: str) -> Peer:
             "modality": "image",
             "encoding_format": "base64",
             "input": [uri(item) for item in items],
-        },
-    )
-
-
-def clip_server(environment: Path) -> Peer:
-    return Peer(
-        "clip-server",
-        lambda model, port: [
-            str(environment / "bin/python"),
-            str(Path(__file__).with_name("service_clip_server.py")),
-            str(model / "open_clip.pt"),
-            str(port),
-        ],
-        {"NO_VERSION_CHECK": "1", "JINA_OPTOUT_TELEMETRY": "1"},
-        "/status",
-        "/post",
-        {"data": [{"text": TEXT}], "execEndpoint": "/"},
-        lambda items: {
-            "data": [{"blob": item} for item in items],
-            "execEndpoint": "/",
-            "parameters": {"drop_image_content": True},
         },
     )
 
