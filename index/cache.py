@@ -134,7 +134,9 @@ class Writer:
         self._rowids = [np.zeros(0, dtype=np.int64)]
         self._digests: dict[str, str] = {}
         with _write_errors(self._folder):
-            self._folder.mkdir(parents=True, exist_ok=True)
+            # Not with all parents: a collection that was dropped meanwhile must stay away.
+            self._folder.parent.mkdir(exist_ok=True)
+            self._folder.mkdir(exist_ok=True)
             _remove_files(self._folder, ".*.tmp")  # left by a build that was killed
             self._files = [_HashedFile(self._temporary("vectors"))]
 

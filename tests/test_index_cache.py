@@ -265,6 +265,12 @@ def test_a_place_that_cannot_be_written_to_is_said(collection: Collection) -> No
 # How far to search
 
 
+def test_a_collection_that_was_dropped_is_not_made_again(tmp_path: Path) -> None:
+    with pytest.raises(IndexStoreError):
+        Writer(tmp_path / "dropped", "image", DIM, np.dtype(np.float32))
+    assert not (tmp_path / "dropped").exists()
+
+
 def test_a_plan_takes_what_was_measured_and_what_lies_between(collection: Collection) -> None:
     points: dict[int, Point] = {
         k: {"k": k, "breadth": breadth, "fetch": fetch, "recall": 0.96, "ms": 1.0}
