@@ -289,8 +289,13 @@ def test_a_batch_that_hangs_is_given_up_after_the_time_that_was_set(
         go_on.set()
 
 
-def test_a_damaged_collection_is_reported_without_its_path(own_world: World, tmp_path: Path):
-    own_world.registry.collections["toys"].searcher.close()
+def test_a_damaged_collection_is_reported_without_its_path(
+    own_world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*_: Any, **__: Any) -> None:
+        raise clipserve.errors.IndexStoreError(f"{tmp_path} is damaged")
+
+    monkeypatch.setattr(own_world.registry.collections["toys"].searcher, "search", fail)
     response = own_world.post("/v1/search", text="x")
     assert (response.status_code, error(response)["code"]) == (500, "collection_failed")
     assert str(tmp_path) not in response.text
