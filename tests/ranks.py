@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import socket
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from clipserve import checkpoint
 from clipserve.config import Config
+from clipserve.embed import prepare
 from clipserve.model import Model, ModelInfo, assemble, create
 from clipserve.text import Tokenizer
 from clipserve.towers import build_network
@@ -151,9 +152,10 @@ def make_run(case: Case, world: World, folder: Path, autocast: bool = False) -> 
     torch.manual_seed(0)
     model = make_model(case.table, folder)
     networks = build(config, model, world, compile_towers=False)
+    if networks.teacher is not None:  # in bf16 a row would depend a little on those beside it
+        exact = prepare(checkpoint.load_for_training(folder / TEACHER), "cpu", "fp32")
+        networks = replace(networks, teacher=exact)
     shake(networks)
-    if networks.teacher is not None:
-        networks.teacher.float()  # in bf16 a row would depend a little on those beside it
     if networks.queue is not None:
         image, text = F.normalize(torch.randn(2, len(QUEUED), model.embed_dim), dim=2)
         networks.queue.push(image, text, torch.tensor(QUEUED))

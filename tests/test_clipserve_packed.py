@@ -1,0 +1,157 @@
+"""Packed modules against the modules they replace, in bf16; the rest of a network is left alone."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from albefs import timm_vision, tiny_albef
+from conftest import make_picture
+from open_clip.transformer import QuickGELU, ResidualAttentionBlock
+from torch import Tensor, nn
+
+from clipserve.embed import prepare
+from clipserve.model import Model, create
+from clipserve.packed import PackedBlock, PackedLinear, PackedPatches, pack, unpack
+
+MASK = torch.full((7, 7), float("-inf")).triu(1)
+
+
+def assert_close(found: Tensor, expected: Tensor) -> None:
+    """To about two steps of bf16 of the values' size."""
+    assert found.dtype == torch.bfloat16
+    assert found.shape == expected.shape
+    difference = (found.float() - expected.float()).abs().max()
+    assert difference < 0.02 * expected.float().abs().max()
+
+
+def a_block(**options: object) -> ResidualAttentionBlock:
+    torch.manual_seed(0)
+    block = ResidualAttentionBlock(64, 4, **options)  # type: ignore[arg-type]
+    for parameter in block.parameters():  # biases and norms that a mistake would show in
+        nn.init.normal_(parameter, std=0.2)
+    return block.bfloat16().eval().requires_grad_(False)
+
+
+def states() -> Tensor:
+    return torch.randn(3, 7, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"act_layer": QuickGELU},
+        {"act_layer": lambda: nn.GELU(approximate="tanh")},
+        {"ls_init_value": 0.3},
+    ],
+    ids=["gelu", "quick gelu", "tanh gelu", "layer scale"],
+)
+@pytest.mark.parametrize(
+    "mask", [None, MASK, MASK.expand(12, 7, 7)], ids=["unmasked", "causal", "one for each head"]
+)
+def test_a_packed_block_gives_what_the_block_gives(
+    options: dict[str, object], mask: Tensor | None
+) -> None:
+    block, x = a_block(**options), states()
+    assert_close(PackedBlock(block)(x, attn_mask=mask), block(x, attn_mask=mask))
+
+
+def test_the_last_block_can_give_its_first_token_alone() -> None:
+    block, x = a_block(), states()
+    assert_close(PackedBlock(block, first_only=True)(x), block(x)[:, :1])
+
+
+def test_a_block_does_not_change_what_it_is_given() -> None:
+    x = states()
+    before = x.clone()
+    PackedBlock(a_block())(x)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_packed_linear_gives_what_the_linear_gives(bias: bool) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 48, bias=bias).bfloat16()
+    packed = PackedLinear(linear.weight, linear.bias)
+    with torch.no_grad():
+        for x in (states(), states()[0], states()[0, 0], states()[:0]):
+            if x.numel():
+                assert_close(packed(x), linear(x))
+            else:
+                assert packed(x).shape == linear(x).shape
+
+
+@pytest.mark.parametrize("size", [(32, 32), (32, 48), (35, 47)])
+def test_packed_patches_give_what_the_convolution_gives(size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    convolution = nn.Conv2d(3, 24, 8, stride=8).bfloat16().requires_grad_(False)
+    pixels = torch.rand(2, 3, *size).bfloat16()
+    assert_close(PackedPatches(convolution)(pixels), convolution(pixels))
+
+
+def last_tokens(network: nn.Module) -> int:
+    """How many tokens the image tower's last layer gives when it is packed."""
+    visual = network.bfloat16().eval().requires_grad_(False).visual
+    pack(network)
+    x = torch.zeros(2, 5, visual.transformer.width, dtype=torch.bfloat16)
+    return int(visual.transformer(x).shape[1])
+
+
+@pytest.mark.parametrize(
+    ("vision", "tokens"),
+    [({}, 1), ({"pool_type": "avg"}, 5), ({"attentional_pool": True, "attn_pooler_heads": 2}, 5)],
+)
+def test_where_only_the_first_token_is_read_the_last_layer_gives_no_others(
+    vision: dict[str, Any], tokens: int, architecture: dict[str, Any]
+) -> None:
+    architecture["vision_cfg"] |= vision
+    assert last_tokens(create(architecture).network) == tokens
+
+
+def test_an_albef_keeps_all_tokens_for_its_fusion_layers(tmp_path: Path) -> None:
+    assert last_tokens(tiny_albef(tmp_path).network) == 5
+
+
+def test_blocks_with_cross_attention_and_overlapping_windows_are_left_alone() -> None:
+    block = a_block(is_cross_attention=True)
+    convolution = nn.Conv2d(3, 8, 3, stride=2).bfloat16()
+    network = nn.Sequential(block, convolution, nn.Linear(4, 4).bfloat16())
+    assert pack(network) == []
+    assert list(network) == [block, convolution, network[2]]
+
+
+@pytest.mark.parametrize("kind", ["open_clip", "albef", "timm"])
+def test_a_packed_model_gives_the_vectors_of_its_fp32_self(
+    kind: str, tiny_model: Model, tmp_path: Path
+) -> None:
+    if kind == "open_clip":
+        model = tiny_model
+    else:
+        model = tiny_albef(tmp_path, timm_vision() if kind == "timm" else None)
+    exact = model.requires_grad_(False).eval()
+    pictures, texts = [make_picture(seed=i) for i in range(3)], ["a cat", "two red shoes " * 9]
+    expected = exact.embed_images(pictures), exact.embed_texts(texts)
+    packed = prepare(copy.deepcopy(model), "cpu", "bf16")
+    kinds = {type(module) for module in packed.network.modules()}
+    assert kinds & {PackedBlock, PackedLinear}
+    found = packed.embed_images(pictures), packed.embed_texts(texts)
+    for ours, true in zip(found, expected, strict=True):
+        assert (ours * true).sum(axis=1).min() > 0.999
+
+
+def test_what_was_packed_can_be_put_back() -> None:
+    network = nn.Sequential(a_block(), nn.Conv2d(3, 8, 4, stride=4).bfloat16())
+    before = list(network)
+    replaced = pack(network)
+    assert [type(module) for module in network] == [PackedBlock, PackedPatches]
+    unpack(replaced)
+    assert list(network) == before
+
+
+def test_a_packed_network_is_never_saved_without_its_weights() -> None:
+    network = nn.Sequential(a_block())
+    pack(network)
+    with pytest.raises(RuntimeError, match="packed for inference cannot be saved"):
+        network.state_dict()
