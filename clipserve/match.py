@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clipserve.decoding import open_decoded
 from clipserve.embed import batched, to_numpy
 from clipserve.errors import ConfigError
-from clipserve.images import DEFAULT_LIMITS, ImageLimits, ImageSource, open_image
+from clipserve.images import DEFAULT_LIMITS, ImageLimits, ImageSource
 
 if TYPE_CHECKING:
     from clipserve.model import Model
@@ -41,7 +42,8 @@ def match(
     for pairs in batched(zip_longest(images, texts), batch_size):
         if None in pairs[-1]:
             raise ConfigError("match takes as many pictures as texts: picture i goes with text i")
-        pixels = np.stack([model.transform.resize(open_image(image, limits)) for image, _ in pairs])
+        decoded = [open_decoded(image, model.transform, limits) for image, _ in pairs]
+        pixels = np.stack([model.transform.resize(one) for one in decoded])
         ids = model.tokenizer([text for _, text in pairs]).cut().to(model.device)
         normal = model.transform.normalize(torch.from_numpy(pixels).to(model.device))
         image_states, _ = model.network.encode_image_states(normal.to(model.dtype))

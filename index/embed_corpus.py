@@ -23,9 +23,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from clipserve.decoding import open_decoded
 from clipserve.embed import batched, embed_ids, embed_pixels
 from clipserve.errors import ImageError, IndexStoreError, SampleError
-from clipserve.images import DEFAULT_LIMITS, ImageLimits, make_thumbnail, open_image
+from clipserve.images import DEFAULT_LIMITS, ImageLimits, make_thumbnail
 from clipserve.sources import BadRecord, Record, SourceOptions, Url
 from clipserve.sources.fetch import Fetcher, FetchLimits
 from index.collection import Collection, Item, Unit, check_item
@@ -183,10 +184,10 @@ class _Workers:
     def _decode(self, record: Record, item: Item) -> _Decoded:
         image = record.image
         data = self._fetcher.fetch(image) if isinstance(image, Url) else image
-        picture = open_image(data, self._limits)
-        pixels = self.model.transform.resize(picture)
+        decoded = open_decoded(data, self.model.transform, self._limits)
+        pixels = self.model.transform.resize(decoded)
         text = next(iter(record.captions), "")
-        return _Decoded(item, text, pixels, make_thumbnail(picture))
+        return _Decoded(item, text, pixels, make_thumbnail(decoded.picture))
 
     def _embed(self, decoding: _Decoding) -> _Embedded:
         rows = _Embedded()

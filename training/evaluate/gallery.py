@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from clipserve.decoding import decode
 from clipserve.embed import batched, embed_pixels, embed_texts
 from clipserve.errors import DataError, ImageError, SampleError
-from clipserve.images import decode_image
 from clipserve.model import Model
 from clipserve.shards import ShardSet
 from clipserve.sources import clean_captions
@@ -54,7 +54,7 @@ def read_pixels(model: Model, shards: ShardSet) -> Iterator[tuple[np.ndarray, li
     for i in range(len(shards)):
         try:
             sample = shards.read(i)
-            picture = decode_image(sample.image)
+            picture = decode(sample.image, model.transform)
         except (ImageError, SampleError) as error:
             logger.warning("left out of the evaluation: %s: %s", ":".join(shards.key(i)), error)
             continue
