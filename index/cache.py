@@ -114,7 +114,8 @@ def read_queries(path: Path, info: IndexInfo) -> np.ndarray | None:
 def stamp(path: Path, field: str) -> tuple[int, int] | None:
     """Changes when an index is put in place; None while there is none."""
     try:
-        status = (folder(path, field) / INFO_FILE).stat()
+        # Asked before every search: without the Paths that `folder` makes.
+        status = os.stat(f"{path}/indexes/{field}/{INFO_FILE}")
     except FileNotFoundError:
         return None
     return status.st_mtime_ns, status.st_ino

@@ -3,8 +3,9 @@
 A backend proposes rows by approximate scores; each is scored again from its stored vector, and the
 search goes farther while a row that was not proposed could still be as good as the last of the
 best. An approximate index cannot say so; how far it is searched was tuned with filters that have
-nothing to do with the query. Where a filter leaves out what is near, that is not far enough, so a
-filtered search goes on until going farther finds nothing better. Start at `best`.
+nothing to do with the query. Where a filter leaves out what is near, that is not far enough, so the
+search goes on until going farther finds nothing better: of lists, where it lets through fewer of
+the rows near the query than of all; of a graph, which cannot tell, always. Start at `best`.
 
 Legend: Q queries, C candidates of each, E embedding, N rows of the base, n rows.
 """
@@ -32,16 +33,18 @@ _FARTHEST = 65536
 """candidates of a query, after which all rows are compared"""
 _ENOUGH = 0.75
 """of the candidates, when the others turned out to be deleted"""
+_AS_MANY = 0.5
+"""of the rows near a query, by what a filter lets through of all: half of it takes about an eighth
+more breadth (1M vectors, IVF4096,SQ8), and how much a few lists have of it varies"""
+_EXPECTED = 2
+"""times as many as are wanted are expected in the first lists of which that part can be told"""
 _MOSTLY = 0.95
 """of the base: where so much is alive, the dead are cheaper met than left out"""
 _VECTORS_AT_A_TIME = 512
 """1 MiB at E = 512: they stay in a core's cache from one look at them to the next"""
 _FEW = 256
 """candidates that float64 has scored before float32 has told which are worth it"""
-_LOOKED_AT = 10_000
-"""of the best, in which enough are looked for that are not similar to each other"""
 _BLOCK_ROWS = 8192
-_COMPARED_AT_A_TIME = 256
 _SCORES_AT_A_TIME = 2**25
 """of queries by rows, where all rows could turn out to be equally good"""
 
@@ -58,17 +61,6 @@ class Ranked(NamedTuple):
     """(Q, n) float32, cosines"""
 
 
-class Similar(NamedTuple):
-    """What `distinct` leaves out."""
-
-    least: float
-    """cosine from which on two rows show the same"""
-    left_out: np.ndarray
-    """(n,) row numbers that are no answer, and take no other's place"""
-    min_score: float
-    """below it nothing is looked for"""
-
-
 class _Candidates(NamedTuple):
     rowids: np.ndarray
     """(Q, C) int64"""
@@ -76,8 +68,8 @@ class _Candidates(NamedTuple):
     """(Q, C) float32; -inf for none, and for those that are not among the best for certain"""
     limits: np.ndarray
     """(Q,) that no row passed over can exceed, as far as its backend knows; -inf for none"""
-    is_partial: bool = False
-    """only some lists of an approximate index were searched, for rows that a filter chose"""
+    is_unsure: np.ndarray
+    """(Q,) bool: only a part of the base was searched, and not tuned for what was chosen there"""
 
 
 def best(view: View, chosen: Selection, queries: np.ndarray, count: int, ids_of: Ids) -> Ranked:
@@ -119,72 +111,13 @@ def _settle(
 ) -> tuple[_Candidates, np.ndarray, np.ndarray]:
     """Candidates, the score (Q,) of the last of the best, and which queries (Q,) are done.
 
-    Those of which the best are certainly, or as tuned, among the candidates; where neither is known
+    Those of which the best are certainly, or as tuned, among the candidates; where neither is sure
     those of which the last is no better than it was `before` (Q,).
     """
     found = _candidates(view, chosen, queries, count, widening)
     last = _kth(found.scores, count)
-    settled = (last > found.limits) & (last > -np.inf)
-    if found.is_partial:
-        settled &= last <= before
+    settled = (last > found.limits) & (last > -np.inf) & (~found.is_unsure | (last <= before))
     return found, last, settled
-
-
-def distinct(
-    view: View,
-    chosen: Selection,
-    queries: np.ndarray,
-    count: int,
-    similar: Similar,
-    ids_of: Ids,
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """For each query the best `count` rows (n,) that are not similar to a better one, and scores.
-
-    Looks farther until there are so many, or no more rows, or _LOOKED_AT were not enough.
-    """
-    found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-    unsettled = list(range(len(queries)))
-    looked_at = 2 * count + len(similar.left_out)
-    most = min(max(looked_at, _LOOKED_AT), len(chosen))
-    while unsettled:
-        ranked = best(view, chosen, queries[unsettled], looked_at, ids_of)
-        for row, rowids, scores in zip(unsettled, *ranked, strict=True):
-            is_all = looked_at >= most or scores[-1] < similar.min_score
-            is_worth = (scores >= similar.min_score) & ~np.isin(rowids, similar.left_out)
-            rowids, scores = rowids[is_worth], scores[is_worth]
-            kept = _dissimilar(view, rowids, similar.least, count)
-            if is_all or len(kept) == count:
-                found[row] = rowids[kept], scores[kept]
-        unsettled = [row for row in unsettled if row not in found]
-        looked_at = min(looked_at * _FARTHER, most)
-    return [found[row] for row in range(len(queries))]
-
-
-def _dissimilar(view: View, rowids: np.ndarray, least: float, count: int) -> np.ndarray:
-    """Places of the first `count` of rows (n,) that are not similar to one taken before."""
-    taken = np.zeros((0, 1))
-    kept: list[int] = []
-    for start in range(0, len(rowids), _COMPARED_AT_A_TIME):
-        vectors = view.vectors_of(rowids[start : start + _COMPARED_AT_A_TIME]).astype(np.float64)
-        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-        taken = taken if len(taken) else vectors[:0]
-        is_out = np.asarray(_are_similar(vectors, taken, least).any(axis=1))
-        among = _are_similar(vectors, vectors, least)
-        new = []
-        for place in range(len(vectors)):
-            if not is_out[place]:
-                new.append(place)
-                is_out |= among[place]
-        taken = np.concatenate([taken, vectors[new]])
-        kept += [start + place for place in new]
-        if len(kept) >= count:
-            break
-    return np.array(kept[:count], dtype=np.int64)
-
-
-def _are_similar(one: np.ndarray, other: np.ndarray, least: float) -> np.ndarray:
-    """(n, m) bool; cosines are rounded to float32, in which a vector's to itself is 1."""
-    return np.asarray((one @ other.T).astype(np.float32) >= least)
 
 
 def _candidates(
@@ -194,9 +127,9 @@ def _candidates(
     queries32 = queries.astype(np.float32)
     base, fresh = view.base, view.fresh
     if base is not None and chosen.base.count:
-        places, limits, is_partial = _search_base(base, chosen.base, queries32, count, widening)
+        places, limits, is_unsure = _search_base(base, chosen.base, queries32, count, widening)
         scores = _score(base.take, places, queries, queries32, count)
-        parts.append(_Candidates(base.rowids[places], scores, limits, is_partial))
+        parts.append(_Candidates(base.rowids[places], scores, limits, is_unsure))
     if chosen.num_fresh:
         fetch = min(overfetch(count) * widening, chosen.num_fresh)
         found, rowids = fresh.search(queries32, fetch, 1, chosen.fresh)
@@ -204,29 +137,30 @@ def _candidates(
         if fetch < chosen.num_fresh:
             limits = found[:, -1] + fresh.error
         scores = _score(fresh.vectors_of, rowids, queries, queries32, count)
-        parts.append(_Candidates(rowids, scores, limits))
+        parts.append(_Candidates(rowids, scores, limits, np.zeros(len(queries), dtype=bool)))
     if len(parts) == 1:
         return parts[0]
     return _Candidates(
         np.concatenate([part.rowids for part in parts], axis=1),
         np.concatenate([part.scores for part in parts], axis=1),
         np.maximum(parts[0].limits, parts[1].limits),
-        parts[0].is_partial,
+        parts[0].is_unsure,
     )
 
 
 def _search_base(
     base: Base, rows: Rows, queries: np.ndarray, count: int, widening: int
-) -> tuple[np.ndarray, np.ndarray, bool]:
-    """Places (Q, C) of candidates among the chosen rows, or -1, limits (Q,), and `is_partial`."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Places (Q, C) of candidates among the chosen rows, or -1, limits (Q,), `is_unsure` (Q,)."""
     backend, size = base.backend, len(base)
-    is_exact = math.isfinite(backend.error)
     breadth, fetch = base.plan(count, rows.count / size)
     breadth, fetch = min(breadth * widening, backend.max_breadth), fetch * widening
     is_mostly = rows.count >= _MOSTLY * size
     is_narrow = rows.count <= SCAN_ROWS and not is_mostly
+    no_limits, sure = np.full(len(queries), -np.inf), np.zeros(len(queries), dtype=bool)
     if is_narrow or fetch >= rows.count or fetch > _FARTHEST:
-        return _scan(base, rows, queries, count), np.full(len(queries), -np.inf), False
+        return _scan(base, rows, queries, count), no_limits, sure
+    is_starved = sure
     if rows.mask is not None and is_mostly and widening == 1:
         # Few are dead: to meet them costs less than a selector that every row is looked up in.
         asked = math.ceil(fetch * size / rows.count)
@@ -238,14 +172,14 @@ def _search_base(
     else:
         scores, places = backend.search(queries, fetch, breadth, rows.mask)
         is_cut = places[:, -1] >= 0
-        is_starved = None
-    if is_exact:
+    if math.isfinite(backend.error):
         last = np.where(is_cut, scores[:, -1], 0)
-        return places, np.where(is_cut, last + backend.errors(queries, last), -np.inf), False
-    if is_starved is not None:
-        return places, np.where(is_starved, np.inf, -np.inf), False
-    is_partial = not is_mostly and breadth < backend.max_breadth
-    return places, np.full(len(queries), -np.inf), is_partial
+        return places, np.where(is_cut, last + backend.errors(queries, last), -np.inf), sure
+    limits = np.where(is_starved, np.inf, -np.inf)
+    if is_mostly or breadth >= backend.max_breadth:
+        return places, limits, sure
+    shares = base.shares(rows, queries, breadth, _EXPECTED * count)
+    return places, limits, ~(shares >= _AS_MANY * rows.count / size)
 
 
 def _scan(base: Base, rows: Rows, queries: np.ndarray, count: int) -> np.ndarray:

@@ -27,10 +27,11 @@ from index.choose import EXACT_LIMIT
 from index.collection import FIELDS, Collection
 from index.columns import Columns
 from index.database import is_writable
+from index.distinct import Similar, distinct
 from index.filters import Filter
 from index.info import IndexInfo
 from index.items import Item
-from index.rank import Similar, best, distinct
+from index.rank import best
 from index.view import View
 
 logger = logging.getLogger(__name__)

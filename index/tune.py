@@ -30,8 +30,12 @@ NUM_QUERIES = 256
 _TUNED_K = {10: 1024, 100: 256, 1000: 64}
 """k -> queries at most: ten times as many answers are as good a sample with fewer queries"""
 _FILTERS = (0.5, 0.1, 0.03)
-_FILTERED_QUERIES = 128
+_FILTERED_QUERIES = 256
 _FARTHEST_FILTERED = 64
+_SPARE = 1.15
+"""times the breadth that a filter took: others, and other queries, take a little more or less"""
+_HALVINGS = 2
+"""of the gap between a breadth that is enough and half of it, which is not"""
 _LEAST_TIMED, _MOST_TIMED = 8, 64
 """queries"""
 _GATHERED = 8192
@@ -164,10 +168,11 @@ class _Measure:
             recalls = self.recalls(k, breadth, fetches)
             gained, most = recalls[-1] - most, recalls[-1]
             reached = {f for f, recall in zip(fetches, recalls, strict=True) if recall >= target}
-            # Timed are those that could be the fastest, and one of each breadth for the curve.
+            # Timed is the fewest that are newly enough (more take longer, though less than a timing
+            # may be off), or else that find as much as any do, for the curve.
             few = fetches[int(np.argmax(np.array(recalls) >= most - _EVER_MORE))]
-            for fetch in sorted((reached - enough) or {few}):
-                points.append(self._point(k, breadth, fetch, recalls[fetches.index(fetch)]))
+            fetch = min(reached - enough, default=few)
+            points.append(self._point(k, breadth, fetch, recalls[fetches.index(fetch)]))
             enough |= reached
             is_done = fetches[0] in enough or most >= max(target, 0.99) or gained < _EVER_MORE
             if is_done or breadth >= self._backend.max_breadth:
@@ -176,13 +181,19 @@ class _Measure:
 
     def multiple(self, point: Point, target: float) -> float:
         """How many times the breadth a filter takes that lets the mask through."""
-        factor, most = 1, self._backend.max_breadth
-        while factor < _FARTHEST_FILTERED and factor * point["breadth"] < most:
-            breadth = factor * point["breadth"]
-            if self.recalls(point["k"], breadth, [point["fetch"]])[0] >= target:
-                break
+
+        def is_enough(factor: float) -> bool:
+            breadth = math.ceil(factor * point["breadth"])
+            return self.recalls(point["k"], breadth, [point["fetch"]])[0] >= target
+
+        factor, most = 1.0, min(_FARTHEST_FILTERED, self._backend.max_breadth / point["breadth"])
+        while factor < most and not is_enough(factor):
             factor *= 2
-        return float(factor)
+        too_little = factor / 2
+        for _ in range(_HALVINGS if factor > 1 else 0):
+            middle = (too_little + factor) / 2
+            too_little, factor = (too_little, middle) if is_enough(middle) else (middle, factor)
+        return _SPARE * factor
 
     def recalls(self, k: int, breadth: int, fetches: list[int]) -> list[float]:
         """For each number of candidates that are taken; one search, the others are its starts."""
@@ -203,13 +214,16 @@ class _Measure:
         if best["recall"] < target:
             return []
         found, enough, too_little = [], best["breadth"], best["breadth"] // 2
-        for _ in range(2):
+        fetches = self._fetches(k)
+        for _ in range(_HALVINGS):
             breadth = (enough + too_little) // 2
-            if breadth in (enough, too_little) or breadth < self._least_breadth(best["fetch"]):
+            if breadth in (enough, too_little) or breadth < self._least_breadth(fetches[-1]):
                 break
-            (recall,) = self.recalls(k, breadth, [best["fetch"]])
-            found.append(self._point(k, breadth, best["fetch"], recall))
-            enough, too_little = (breadth, too_little) if recall >= target else (enough, breadth)
+            recalls = self.recalls(k, breadth, fetches)
+            reached = [i for i, recall in enumerate(recalls) if recall >= target]
+            column = min(reached, default=fetches.index(best["fetch"]))
+            found.append(self._point(k, breadth, fetches[column], recalls[column]))
+            enough, too_little = (breadth, too_little) if reached else (enough, breadth)
         return found
 
     def _point(self, k: int, breadth: int, fetch: int, recall: float) -> Point:

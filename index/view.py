@@ -13,6 +13,7 @@ import functools
 import logging
 import math
 import threading
+import weakref
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Self
@@ -35,9 +36,9 @@ _MASK_BYTES = 2**28
 """of them all"""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rows:
-    """Some rows of the base."""
+    """Some rows of the base. Equal to itself alone, so that what is known of it can be kept."""
 
     mask: np.ndarray | None
     """(N,) bool; None for all"""
@@ -115,6 +116,7 @@ class Base:
         self.backend = backend
         self.info = info
         self._masks: OrderedDict[Filter, _Matching] = OrderedDict()
+        self._passed: weakref.WeakKeyDictionary[Rows, np.ndarray] = weakref.WeakKeyDictionary()
         self._ids: Ids | None = None
         self.plan = functools.lru_cache(self._plan)
         """(count, share) -> breadth and fetch for so many rows among a share of all"""
@@ -145,12 +147,40 @@ class Base:
         other.plan = functools.lru_cache(lambda *_: (self.backend.max_breadth, len(self)))
         return other
 
+    def shares(self, rows: Rows, queries: np.ndarray, breadth: int, least: int) -> np.ndarray:
+        """What part (Q,) of the rows near each query are among `rows`; nan if that is not known.
+
+        The least part of any number of the lists that are searched first, from where on `least`
+        rows are expected among them: if what is nearest is left out, what lies behind it is not.
+        """
+        if self.backend.lists is None or rows.mask is None:
+            return np.full(len(queries), np.nan)
+        passed = self._passed.get(rows)
+        if passed is None:
+            passed = self._passed[rows] = self.backend.lists.count(rows.mask)
+        nearest = self.backend.lists.nearest(queries, breadth)  # (Q, B)
+        seen = self.backend.lists.sizes[nearest].cumsum(axis=1)
+        few = np.minimum(least * len(self) / max(1, rows.count), seen[:, -1:])
+        parts = passed[nearest].cumsum(axis=1) / np.maximum(seen, 1)
+        return np.asarray(np.where(seen < few, 1, parts).min(axis=1))
+
     def places_of(self, rowids: np.ndarray) -> np.ndarray:
         """Places of those of the row numbers that are in here."""
+        places = self.locate(rowids)
+        return np.asarray(places[places >= 0])
+
+    def locate(self, rowids: np.ndarray) -> np.ndarray:
+        """The place (n,) of each row number; -1 where it is not in here."""
         if not len(self.rowids):
-            return np.zeros(0, dtype=np.int64)
-        places = np.minimum(self.rowids.searchsorted(rowids), len(self.rowids) - 1)
-        return np.asarray(places[self.rowids[places] == rowids])
+            return np.full(len(rowids), -1)
+        # Right, and one look instead of twenty, where no number is missing before it.
+        places = (rowids - self.rowids[0]).clip(0, len(self.rowids) - 1)
+        is_elsewhere = self.rowids[places] != rowids
+        if is_elsewhere.any():
+            others = rowids[is_elsewhere]
+            found = self.rowids.searchsorted(others).clip(max=len(self.rowids) - 1)
+            places[is_elsewhere] = np.where(self.rowids[found] == others, found, -1)
+        return np.asarray(places)
 
     @property
     def has_ids(self) -> bool:
@@ -282,10 +312,9 @@ class View:
         """Ids of row numbers (n,), in their order; "" for one that is not there any more."""
         if self.base is None or not len(self.base):
             return _stored_ids(rowids, collection)
-        places = self.base.rowids.searchsorted(rowids)
-        is_indexed = places < len(self.base)
-        ids = self.base.ids(collection).at(np.where(is_indexed, places, 0))
-        others = [i for i, id in enumerate(ids) if not id or not is_indexed[i]]
+        places = self.base.locate(rowids)
+        ids = self.base.ids(collection).at(places.clip(min=0))
+        others = [i for i, place in enumerate(places.tolist()) if place < 0 or not ids[i]]
         if others:
             for i, id in zip(others, _stored_ids(rowids[others], collection), strict=True):
                 ids[i] = id

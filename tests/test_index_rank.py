@@ -1,10 +1,12 @@
+import faiss
 import numpy as np
 import pytest
 
 from index import rank
+from index.backends.inverted import InvertedLists
 from index.backends.scan import ScanBackend
 from index.info import overfetch
-from index.rank import Similar, best, distinct
+from index.rank import best
 from index.view import NO_ROWS, Base, Rows, Selection, View
 
 DIM = 8
@@ -20,6 +22,7 @@ class Rough:
     """Scores that are off by up to `error` and says so, or not at all, and remembers the calls."""
 
     max_breadth = 64
+    lists: InvertedLists | None = None
 
     def __init__(self, vectors: np.ndarray, error: float, is_exact: bool = True) -> None:
         self.vectors = vectors
@@ -194,6 +197,23 @@ def test_where_a_filter_leaves_out_what_is_near_the_search_goes_on_while_it_gain
     assert [breadth for _, breadth, _ in backend.calls] == [8, 32]  # there is no more
 
 
+def test_a_filtered_search_of_lists_ends_where_the_filter_is_met_as_often_as_elsewhere() -> None:
+    vectors = unit(COUNT)
+    index = faiss.index_factory(DIM, "IVF20,Flat", faiss.METRIC_INNER_PRODUCT)
+    index.cp.min_points_per_centroid = 1
+    index.train(vectors)
+    index.add(vectors)
+    queries = unit(1, seed=3)
+    scores = (vectors @ queries[0]).argsort()
+    for dead, breadths in ((np.arange(0, COUNT, 2), [4]), (scores[-200:], [4, 16])):
+        backend = Passing(vectors)
+        backend.max_breadth, backend.lists = 20, InvertedLists(index)
+        view = make_view(backend, dead.tolist())
+        view.base.plan = lambda count, share: (4, 10)  # type: ignore[method-assign, union-attr]
+        best(view, everything(view), queries.astype(np.float64), 5, ids_of)
+        assert [breadth for _, breadth, _ in backend.calls] == breadths
+
+
 def test_of_equal_rows_the_lowest_ids_are_taken_wherever_the_cut_falls() -> None:
     vectors = np.repeat(unit(20), 20, axis=0)
     for count in (1, 7, 20, 33):
@@ -206,9 +226,6 @@ def test_no_rows_and_no_queries_are_no_answers() -> None:
     assert best(view, nothing, unit(3).astype(np.float64), 5, ids_of).rowids.shape == (3, 0)
     none = np.zeros((0, DIM))
     assert best(view, everything(view), none, 5, ids_of).rowids.shape == (0, 5)
-    assert (
-        distinct(view, nothing, unit(1), 5, Similar(0.9, np.zeros(0), -1), ids_of)[0][0].size == 0
-    )
 
 
 def test_of_candidates_without_end_few_vectors_are_held_at_a_time(
@@ -230,19 +247,6 @@ def test_of_candidates_without_end_few_vectors_are_held_at_a_time(
     best(view, everything(view), unit(3, seed=3).astype(np.float64), 5, ids_of)
     assert sum(taken) > 3 * COUNT  # all are ties
     assert max(taken) <= 40
-
-
-def test_who_is_similar_to_all_others_is_not_looked_for_without_end(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    vectors = np.repeat(unit(2), [COUNT - 1, 1], axis=0)
-    query = vectors[:1].astype(np.float64)
-    view = make_view(Rough(vectors, 1e-6))
-    similar = Similar(0.9, np.zeros(0, np.int64), -1)
-    for most, expected in ((100, 1), (COUNT, 2)):
-        monkeypatch.setattr(rank, "_LOOKED_AT", most)
-        ((rowids, _),) = distinct(view, everything(view), query, 2, similar, ids_of)
-        assert len(rowids) == expected
 
 
 def test_a_scan_of_a_block_at_a_time_finds_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

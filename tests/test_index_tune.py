@@ -110,6 +110,19 @@ def test_the_breadth_a_filter_takes_keeps_the_recall(
     assert kept >= 0.87  # another mask than it was measured with
 
 
+def test_the_breadth_a_filter_takes_is_told_finer_than_by_doubling() -> None:
+    vectors, queries = unit(4000), unit(64, seed=1)
+    mask = np.random.default_rng(5).random(4000) < 0.1
+    backend = tune.FaissBackend(filled("IVF64,Flat", vectors))
+    (best,) = exact_scores(vectors, queries, 10, [mask])
+    measure = tune._Measure(backend, vectors, queries, best[:, -1], mask)
+    point: Point = {"k": 10, "breadth": 4, "fetch": 16, "recall": 0.9, "ms": 1.0}
+    factor = measure.multiple(point, 0.9) / tune._SPARE
+    assert factor not in (1, 2, 4, 8, 16)
+    assert measure.recalls(10, int(np.ceil(4 * factor)), [16])[0] >= 0.9
+    assert measure.recalls(10, int(3 * factor), [16])[0] < 0.9
+
+
 def test_equal_vectors_are_equally_right(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which of the many equally good ones an index finds is no miss."""
     monkeypatch.setattr(tune, "_TUNED_K", {10: 50})

@@ -1,12 +1,15 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import faiss
 import numpy as np
 import pytest
 
 from index import cache
 from index import view as view_module
 from index.backends import torch_exact
+from index.backends.faiss_cpu import FaissBackend
+from index.backends.scan import ScanBackend
 from index.build import build
 from index.collection import Collection
 from index.columns import Columns
@@ -65,7 +68,8 @@ def base(view: View) -> Base:
 
 def test_a_view_is_the_index_and_what_was_written_since(collection: Collection) -> None:
     view = load(collection)
-    assert (len(base(view)), view.live, len(view.fresh)) == (100, Rows(None, 100), 10)
+    assert (len(base(view)), view.live.count, len(view.fresh)) == (100, 100, 10)
+    assert view.live.mask is None
     assert (view.generation, view.last_rowid, len(view)) == (2, 110, 110)
 
 
@@ -219,3 +223,34 @@ def test_without_an_index_all_vectors_go_to_the_gpu_if_they_have_room(
     with collection.snapshot() as generation:
         view = View.load(collection, "image", "cuda", generation)
     assert (view.base, len(view.fresh)) == (None, 111)
+
+
+def test_a_row_is_located_wherever_numbers_are_missing() -> None:
+    for rowids in (np.arange(5, 25), np.array([2, 3, 5, 8, 13, 21])):
+        own = Base(rowids, unit(len(rowids)), ScanBackend(DIM))
+        asked = np.arange(0, 30)
+        places = own.locate(asked)
+        assert places[np.isin(asked, rowids)].tolist() == list(range(len(rowids)))
+        assert (places[~np.isin(asked, rowids)] == -1).all()
+        assert own.places_of(asked).tolist() == list(range(len(rowids)))
+    nothing = Base(np.zeros(0, np.int64), unit(0), ScanBackend(DIM))
+    assert nothing.locate(np.array([1, 2])).tolist() == [-1, -1]
+
+
+def test_what_part_is_chosen_near_a_query_is_the_least_of_the_nearest_lists() -> None:
+    vectors = unit(400)
+    index = faiss.index_factory(DIM, "IVF8,Flat", faiss.METRIC_INNER_PRODUCT)
+    index.cp.min_points_per_centroid = 1
+    index.train(vectors)
+    index.add(vectors)
+    own, queries = Base(np.arange(400), vectors, FaissBackend(index)), unit(5, seed=1)
+    of_list = index.quantizer.search(vectors, 1)[1][:, 0]
+    near = index.quantizer.search(queries, 3)[1]
+    mask = ~np.isin(of_list, near[0, 0])  # of the first query's nearest list none is left
+    shares = own.shares(Rows.of(mask), queries, 3, least=1)
+    for share, lists in zip(shares, near, strict=True):
+        parts = [mask[np.isin(of_list, lists[:i])].mean() for i in (1, 2, 3)]
+        assert share == pytest.approx(min(parts))
+    assert shares[0] == 0
+    flat = Base(np.arange(400), vectors, ScanBackend(DIM))
+    assert np.isnan(flat.shares(Rows.of(mask), queries, 3, least=1)).all()

@@ -1,7 +1,8 @@
 """Search beside raw FAISS, hnswlib (or usearch), milvus-lite and qdrant-client, on two threads.
 
     python -m benchmarks.index [--count 1000000] [--dim 512] [--rounds 3] [--only NAME,...]
-        [--seconds 1.5] [--threads 2] [--prepare] [--folder build/index] [--out FILE.json]
+        [--seconds 1.5] [--threads 2] [--prepare] [--redo PART,...] [--folder build/index]
+        [--out FILE.json]
 
 Clustered unit vectors, and queries from elsewhere, as texts are to pictures (`data.py`). Each
 contender (`contenders.py`, `ours.py`) builds what it needs in a process of its own (`worker.py`),
@@ -14,9 +15,11 @@ same way. All answer with ids alone.
 
 milvus-lite and qdrant-client would take hours with a million vectors: they have 20,000, and so has
 ours beside them. What was made is kept in --folder, finished parts in the result file:
-an interrupted run goes on, and a part is done anew when it is deleted there. --prepare does what
-another load on the machine does not falsify: all but our builds, which measure what is fastest, and
-the timings. Afterwards those alone take about twenty minutes of two quiet cores with a million.
+an interrupted run goes on, and a part is done anew that --redo names by how it starts: with
+--only "faiss SQ8 refined" --redo "speed,filtered" the other contenders' parts stay as they are.
+--prepare does what another load on the machine does not falsify: all but our builds, which measure
+what is fastest, and the timings. Afterwards those alone take about twenty minutes of two quiet
+cores with a million.
 
 --count 20000 tests the benchmark. A million takes 12 GiB of memory, 25 GB of disk, and an hour or
 two to prepare.
@@ -59,6 +62,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=1.5, help="of each timing")
     parser.add_argument("--prepare", action="store_true", help="everything but the timings")
+    parser.add_argument("--redo", default="", help="parts, or how their names start: speed faiss")
     parser.add_argument("--only", default="", help=", ".join([*OTHERS, *SMALL]))
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "index")
     parser.add_argument("--out", type=Path, help=f"{RESULTS}, or in --folder of fewer vectors")

@@ -70,6 +70,7 @@ class Bench:
     ) -> None:
         self._report, self._rounds, self._threads = report, arguments.rounds, arguments.threads
         self._seconds = arguments.seconds
+        self._redo = tuple(filter(None, arguments.redo.split(",")))
         self._processes: dict[str, Process] = {}
         self.ours = ours
         self.data = Data(arguments.folder / f"{count}x{arguments.dim}", count, arguments.dim)
@@ -77,7 +78,7 @@ class Bench:
 
     def part(self, name: str, measure: Callable[[], dict[str, Any]]) -> None:
         """Unless it is done already. What a contender cannot do is noted, and the rest goes on."""
-        if name in self._parts:
+        if name in self._parts and not self._is_redone(name):
             return
         started, load = time.monotonic(), os.getloadavg()[0]
         say(f"{self.data.count:,} vectors: {name} ...")
@@ -98,7 +99,7 @@ class Bench:
 
     def build(self, name: str) -> dict[str, Any]:
         done = self._built_file(name)
-        if not done.exists():
+        if not done.exists() or self._is_redone(f"build {name}"):
             shutil.rmtree(done.parent, ignore_errors=True)
             builder = Process.start(name, self.data, self._threads)
             try:
@@ -107,6 +108,9 @@ class Bench:
                 builder.close()
         found: dict[str, Any] = json.loads(done.read_text())
         return found
+
+    def _is_redone(self, part: str) -> bool:
+        return bool(self._redo) and part.startswith(self._redo)
 
     def close(self, name: str) -> None:
         if name in self._processes:

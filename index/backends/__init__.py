@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from clipserve.errors import ConfigError
+from index.backends.inverted import InvertedLists
 from index.cache import Cache
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,10 @@ class Backend(Protocol):
     def error(self) -> float:
         """How far any score may be from the true cosine. Infinite for an index that passes vectors
         over without looking at them."""
+
+    @property
+    def lists(self) -> InvertedLists | None:
+        """That its breadth is counted in; None if it has none."""
 
     def errors(self, queries: np.ndarray, last: np.ndarray) -> np.ndarray:
         """At most `error` (Q,), so that what a search of the queries (Q, E) passed over is bounded.

@@ -3,11 +3,13 @@
 Legend: Q queries, N vectors, E embedding.
 """
 
+import functools
 from typing import Any
 
 import faiss as untyped_faiss
 import numpy as np
 
+from index.backends.inverted import InvertedLists
 from index.backends.scan import float32_error
 
 faiss: Any = untyped_faiss  # its stubs lack half of what is used here
@@ -39,6 +41,10 @@ class FaissBackend:
 
     def errors(self, queries: np.ndarray, last: np.ndarray) -> np.ndarray:
         return np.full(len(queries), self.error)
+
+    @functools.cached_property
+    def lists(self) -> InvertedLists | None:
+        return InvertedLists(self.index) if is_ivf(self.index) else None
 
     def search(
         self, queries: np.ndarray, k: int, breadth: int, mask: np.ndarray | None = None

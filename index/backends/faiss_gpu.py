@@ -26,6 +26,7 @@ from index.backends.faiss_cpu import (
     num_faiss_gpus,
     search_parameters,
 )
+from index.backends.inverted import InvertedLists
 
 logger = logging.getLogger(__name__)
 
@@ -116,6 +117,10 @@ class FaissGpuBackend:
 
     def errors(self, queries: np.ndarray, last: np.ndarray) -> np.ndarray:
         return np.full(len(queries), self.error)
+
+    @property
+    def lists(self) -> InvertedLists | None:
+        return self._cpu.lists
 
     def search(
         self, queries: np.ndarray, k: int, breadth: int, mask: np.ndarray | None = None

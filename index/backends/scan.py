@@ -97,6 +97,7 @@ class ScanBackend:
     """
 
     max_breadth = 1
+    lists = None
 
     def __init__(self, embed_dim: int, blocks: tuple[_Block, ...] = ()) -> None:
         self._embed_dim = embed_dim

@@ -44,6 +44,7 @@ class TorchBackend:
     """
 
     max_breadth = 1
+    lists = None
 
     def __init__(
         self, matrix: np.ndarray, device: str = "cpu", dtype: torch.dtype | None = None
