@@ -7,7 +7,10 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future
+from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -105,5 +108,45 @@ def sync(path: Path) -> None:
 
 def sha256(path: Path) -> str:
     """Hex digest of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    with path.open("rb", buffering=0) as file:
+        begun = _begun.pop(_identity(file), None)
+        return _digest(file) if begun is None else begun.result()
+
+
+def hash_ahead(paths: Iterable[Path]) -> None:
+    """Begin in a thread what the next `sha256` of each file then waits for, if the file is still
+    the same one and as it was. A file that cannot be opened is left to it."""
+    begun = []
+    for path in paths:
+        with contextlib.suppress(OSError):
+            file = path.open("rb", buffering=0)
+            begun.append((file, Future[str]()))
+            _begun[_identity(file)] = begun[-1][1]
+    threading.Thread(target=_hash, args=(begun,), name="hash", daemon=True).start()
+
+
+_begun: dict[tuple[int, ...], "Future[str]"] = {}
+_DIGESTED_AT_ONCE = 8 * 2**20  # few turns at the interpreter's lock, which imports hold meanwhile
+
+
+def _identity(file: FileIO) -> tuple[int, ...]:
+    found = os.fstat(file.fileno())
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _hash(begun: "list[tuple[FileIO, Future[str]]]") -> None:
+    for file, digest in begun:
+        with file:
+            try:
+                digest.set_result(_digest(file))
+            except OSError as error:
+                digest.set_exception(error)
+
+
+def _digest(file: FileIO) -> str:
+    digest = hashlib.sha256()
+    size = os.fstat(file.fileno()).st_size
+    buffer = memoryview(bytearray(max(1, min(size, _DIGESTED_AT_ONCE))))
+    while count := file.readinto(buffer):
+        digest.update(buffer[:count])
+    return digest.hexdigest()

@@ -7,6 +7,7 @@ latter two travel in the model directory.
 Legend: B batch, T text tokens.
 """
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,8 +60,7 @@ class Tokenizer:
                 str(folder or self._name), self.context_length, mode, options
             )
         else:
-            module = tokenizer_module()
-            self._inner = module.SimpleTokenizer(context_length=self.context_length, **options)
+            self._inner = _load_bpe(self.context_length, options)
 
     def __call__(self, texts: list[str]) -> Tokens:
         """Tokenise; texts longer than the context are cut, keeping the end token, and marked."""
@@ -137,6 +137,15 @@ def _cut(text: str, limit: int) -> tuple[str, bool]:
         return text, False
     text = " ".join(text.split())  # spaces are no tokens
     return text[:limit], len(text) > limit
+
+
+def _load_bpe(context_length: int, options: dict[str, Any]) -> Any:
+    module = tokenizer_module()
+    if options:
+        return module.SimpleTokenizer(context_length=context_length, **options)
+    inner = copy.copy(module._tokenizer)  # made by the import, and the better part of it
+    inner.context_length = context_length
+    return inner
 
 
 def _load_wordpiece(text_config: dict[str, Any], folder: Path | None) -> wordpiece.WordPiece:

@@ -1,3 +1,4 @@
+import hashlib
 import os
 from pathlib import Path
 
@@ -87,3 +88,47 @@ def test_a_link_is_replaced_in_one_step(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         files.link_atomic(tmp_path / "latest", name)
         assert (tmp_path / "latest").resolve().name == name
+
+
+@pytest.mark.parametrize("size", [0, 5, 8 * 2**20 + 1])
+def test_a_digest_is_that_of_the_whole_file(tmp_path: Path, size: int) -> None:
+    file = tmp_path / "weights"
+    file.write_bytes(os.urandom(size))
+    assert files.sha256(file) == hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def test_a_digest_begun_ahead_is_used_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "weights"
+    file.write_bytes(b"weights")
+    hashed, digest = [], files._digest
+    monkeypatch.setattr(files, "_digest", lambda opened: hashed.append(1) or digest(opened))
+    files.hash_ahead([file])
+    for times in (1, 2):
+        assert files.sha256(file) == hashlib.sha256(b"weights").hexdigest()
+        assert len(hashed) == times
+
+
+def test_a_file_that_changed_since_is_hashed_again(tmp_path: Path) -> None:
+    file = tmp_path / "weights"
+    file.write_bytes(b"old weights")
+    files.hash_ahead([file])
+    file.write_bytes(b"damaged")
+    assert files.sha256(file) == hashlib.sha256(b"damaged").hexdigest()
+
+
+def test_what_cannot_be_hashed_ahead_fails_where_it_is_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files.hash_ahead([tmp_path / "none"])
+    with pytest.raises(FileNotFoundError):
+        files.sha256(tmp_path / "none")
+
+    def fail(file: object) -> str:
+        raise OSError(5, "Input/output error")
+
+    file = tmp_path / "weights"
+    file.write_bytes(b"weights")
+    monkeypatch.setattr(files, "_digest", fail)
+    files.hash_ahead([file])
+    with pytest.raises(OSError, match="Input/output error"):
+        files.sha256(file)

@@ -20,6 +20,18 @@ def test_ids_equal_open_clips() -> None:
     assert torch.equal(tokens.ids, open_clip.SimpleTokenizer(context_length=16)(texts))
 
 
+def test_tokenizers_share_one_vocabulary_whatever_their_context() -> None:
+    short, long = Tokenizer({"context_length": 4}), Tokenizer({"context_length": 77})
+    assert short._inner.encoder is long._inner.encoder
+    assert [t(CAPTIONS).ids.shape[1] for t in (short, long)] == [4, 77]
+    assert [t._inner.context_length for t in (short, long)] == [4, 77]
+
+
+def test_options_of_a_tokenizer_are_its_own() -> None:
+    kept = Tokenizer({"tokenizer_kwargs": {"clean": "whitespace"}})
+    assert kept(["A Cat"]).ids.ne(Tokenizer({})(["A Cat"]).ids).any()
+
+
 def test_truncation_is_reported_exactly_at_the_limit() -> None:
     tokens = Tokenizer({"context_length": 8})(["a b c d e f", "a b c d e f g", "short"])
     assert tokens.truncated == [False, True, False]

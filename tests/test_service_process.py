@@ -19,20 +19,25 @@ import torch
 
 import clipserve
 from clipserve import checkpoint
+from clipserve.errors import CheckpointError
 from clipserve.model import create
 
 ROOT = Path(__file__).parent.parent
 WAIT_S = 180  # on a busy machine an import of torch alone took half a minute
 TEXTS = ["a cat", "two dogs", "a red shoe"]
 
-# Says when the service is being imported, and lets that take for ever.
+# Says when the service is being imported, and lets that take for ever; an exception in the handler
+# of a signal would be lost, as in a callback of the interpreter's.
 STUCK = """
 import sys, threading
 class Finder:
     def find_spec(self, name, path=None, target=None):
         if name == "service.app":
             print("importing", flush=True)
-            threading.Event().wait()
+            try:
+                threading.Event().wait()
+            except BaseException:
+                pass
 sys.meta_path.insert(0, Finder())
 from clipserve.cli import main
 main()
@@ -117,6 +122,18 @@ def test_a_signal_while_it_still_imports_ends_it_well(log: Path):
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=WAIT_S)
     assert process.returncode == 0, log.read_text()
+    assert "Traceback" not in log.read_text()
+
+
+def test_damaged_weights_end_it_though_they_are_hashed_beforehand(log: Path, paths: list[Path]):
+    weights = paths[0] / checkpoint.WEIGHTS
+    data = bytearray(weights.read_bytes())
+    data[-5] ^= 16
+    weights.write_bytes(data)
+    process = start(paths[0], log=log)
+    process.communicate(timeout=WAIT_S)
+    assert process.returncode == CheckpointError.exit_code, log.read_text()
+    assert f"{weights} is damaged" in log.read_text()
     assert "Traceback" not in log.read_text()
 
 

@@ -2,8 +2,8 @@
 
 import contextlib
 import gc
+import os
 import signal
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from clipserve.console import log_to_stderr, note, print_line, print_table
+from clipserve.files import hash_ahead
 
 keys = typer.Typer(help="API keys: who may use the service, and for what.")
 
@@ -32,8 +33,10 @@ def serve(
 ) -> None:
     """Serve models and collections over REST, with a web page at /. Stop with Ctrl-C."""
     # Now, not after seconds of imports: the first process of a container has no default for it.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    # Not by an exception, which some import or callback would print or swallow.
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     log_to_stderr()
+    hash_ahead(file for model in models for file in Path(model).glob("*.safetensors"))
     with _without_garbage_collection():
         from service.app import serve as run
         from service.logs import use_format
