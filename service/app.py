@@ -31,6 +31,7 @@ from service.registry import Registry
 from service.routes import (
     classify,
     collections,
+    docs,
     embeddings,
     health,
     items,
@@ -47,7 +48,19 @@ from service.tracing import start_tracing
 
 logger = logging.getLogger(__name__)
 
-_ROUTES = (embeddings, classify, match, search, collections, items, jobs, models, health, page)
+_ROUTES = (
+    embeddings,
+    classify,
+    match,
+    search,
+    collections,
+    items,
+    jobs,
+    models,
+    health,
+    page,
+    docs,
+)
 
 
 def create_app(
@@ -58,6 +71,7 @@ def create_app(
         title="clipserve",
         version=__version__,
         description="Embeddings, zero-shot classification and search with one image-text model.",
+        docs_url=None,  # FastAPI's page gets its script from elsewhere; docs.py is ours
         redoc_url=None,
     )
     lifecycle = lifecycle or Lifecycle()

@@ -20,7 +20,10 @@ from service.notes import notes
 from service.rate import RateLimit
 from service.settings import Settings
 
-OPEN_PATHS = ("/", "/docs", "/openapi.json", "/health", "/health/live", "/health/ready")
+OPEN_PATHS = (
+    *("/", "/docs", "/openapi.json", "/health", "/health/live", "/health/ready"),
+    *("/.well-known/live", "/.well-known/ready"),
+)
 """what needs no key, beside the page's files; it tells nothing of what is served"""
 _OPEN_FOLDER = "/ui/"
 _READING = ("GET", "HEAD", "OPTIONS")

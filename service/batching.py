@@ -4,7 +4,8 @@ A batch is formed at the moment the model is free, of everything that arrived wh
 ran: nothing sleeps, polls or waits for more. What waits is prepared already, on the device if that
 is a GPU, so forming a batch takes no time that the device could use. Start at `Batcher.admit`. Life
 of an item: admitted (it has a slot), prepared elsewhere, `put` into the queue, run, settled with an
-answer or an error (the slot is free).
+answer or an error (the slot is free). A request that cannot be answered by its deadline is
+refused when its items come to the queue: only then is it known which of them the model must see.
 
 What is next is `scheduler.py`'s to say, running it `worker.py`'s. Here are the slots, and the
 supervisor: a model's thread that died is replaced at once, one that hangs is left behind.
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, Protocol
 
 from service.errors import ModelFailed, NotReady, Overloaded
-from service.scheduler import Abandoned, Item, Priority, Schedule
+from service.scheduler import KINDS, Abandoned, Item, Priority, Schedule
 from service.scheduler import Job as Job
 from service.scheduler import Kind as Kind
 from service.worker import Encode as Encode
@@ -33,6 +34,8 @@ _MAX_DOUBLINGS = 10
 _MAX_RETRY_AFTER_S = 600
 _CLOSE_PATIENCE_S = 10.0
 _CLOSING = "the service is shutting down"
+_CLEARLY = 1.5
+"""a request is refused when the work before its answer takes so many times the time it has left"""
 
 
 class Observer(Protocol):
@@ -57,6 +60,25 @@ class Observer(Protocol):
         """The model's thread died, or was left behind, and is replaced."""
 
 
+class TooLate(Overloaded, Abandoned):
+    """An item would not be answered by its request's deadline; another request that waits for the
+    same vector is left to compute it."""
+
+
+class _Pace:
+    """Seconds an item takes: a moving average of which the last fifty items are most."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._is_known = False
+
+    def note(self, size: int, seconds: float) -> None:
+        own = seconds / size
+        kept = 0.98**size if self._is_known else 0.0
+        self.seconds = kept * self.seconds + (1 - kept) * own
+        self._is_known = True
+
+
 class Batcher:
     """The queue of one model and the threads that empty it.
 
@@ -79,6 +101,7 @@ class Batcher:
     ) -> None:
         self._encode = encode
         self._schedule = Schedule(max_batch)
+        self._max_batch = max_batch
         self._max_items = max_items
         self._observer = observer
         self._name = name
@@ -92,7 +115,10 @@ class Batcher:
         self._supervisor: threading.Thread | None = None
         self._is_watching = False
         self._open_items = 0
-        self._seconds_per_item: float | None = None  # moving average, for Retry-After
+        self._pace = _Pace()
+        # Of batches that are at least half full, as those of a long queue are: small ones are
+        # slower by the item, and would have requests refused that can be answered in time.
+        self._full_pace = {kind: _Pace() for kind in KINDS}
         self._losses = 0
         self._not_before_s = -math.inf
         self._is_serving = True
@@ -140,28 +166,32 @@ class Batcher:
         prepared: Iterable[tuple[int, Any]],
         priority: Priority = "interactive",
     ) -> None:
-        """Queue items of a job, each with its place in it."""
+        """Queue items of a job, each with its place in it; the job ends with Overloaded if they
+        would clearly be too late."""
         refused = []
         with self._lock:
             now = self._clock()
-            for index, data in prepared:
+            items = [
+                Item(job, index, kind, data, priority, now)
+                for index, data in prepared
+                if not job.is_settled(index)
+            ]
+            late_s = self._late_s(job, kind, priority, len(items))
+            for item in items:
                 if self._closing:
-                    refused.append(index)
-                elif not job.is_settled(index):
-                    self._schedule.add(Item(job, index, kind, data, priority, now))
+                    refused.append(item)
+                elif late_s is None:
+                    self._schedule.add(item)
             self._arrived.notify()
-        for index in refused:
-            job.settle(index, NotReady(_CLOSING))
+        for item in refused:
+            item.settle(NotReady(_CLOSING))
+        if late_s is not None:
+            self._drop(job, _too_late(late_s))
 
     def abandon(self, job: Job) -> None:
         """Nobody waits for this job any more: its items leave the queue, its slots are free."""
-        if job.done.done():
-            return
-        # Settled first: a `put` after that leaves them alone, one before it is swept out here.
-        for index in range(len(job.results)):
-            job.settle(index, Abandoned("the request was abandoned"))
-        with self._lock:
-            self._schedule.drop(job)
+        if not job.done.done():
+            self._drop(job, Abandoned("the request was abandoned"))
 
     def inspect(self) -> None:
         """Replace a thread that died or hangs. The supervisor does it in time; this does it now."""
@@ -179,6 +209,13 @@ class Batcher:
     def is_serving(self) -> bool:
         """False from the loss of a thread until an item, such as a canary, has been answered."""
         return self._is_serving
+
+    def _drop(self, job: Job, error: Exception) -> None:
+        # Settled first: a `put` after that leaves them alone, one before it is swept out here.
+        for index in range(len(job.results)):
+            job.settle(index, error)
+        with self._lock:
+            self._schedule.drop(job)
 
     def _start(self) -> None:
         if self._supervisor is None:
@@ -271,7 +308,7 @@ class Batcher:
             if not all(isinstance(result, Exception) for result in results):
                 self._is_serving, self._losses = True, 0
             if items[0].kind != "call":  # it may be anything, and is no picture or text
-                self._note_speed(len(items), seconds)
+                self._note_pace(items[0].kind, len(items), seconds)
         started = self._clock() - seconds
         waited = started - min(item.arrived_s for item in items)
         for job, arrived_s in {item.job: item.arrived_s for item in items}.items():
@@ -282,18 +319,43 @@ class Batcher:
         with self._lock:
             self._watch.notify()
 
-    def _note_speed(self, size: int, seconds: float) -> None:
-        own = seconds / size
-        if self._seconds_per_item is None:
-            self._seconds_per_item = own
-        kept = 0.98**size  # the last fifty items count
-        self._seconds_per_item = kept * self._seconds_per_item + (1 - kept) * own
+    def _note_pace(self, kind: Kind, size: int, seconds: float) -> None:
+        self._pace.note(size, seconds)
+        if 2 * size >= self._max_batch[kind]:
+            self._full_pace[kind].note(size, seconds)
+
+    def _late_s(self, job: Job, kind: Kind, priority: Priority, size: int) -> float | None:
+        """By how much the last of `size` more items would be too late, if that is clear.
+
+        Only what surely goes first is counted: of the same kind and priority, at the pace of full
+        batches.
+        """
+        left_s = job.notes.deadline_s - self._clock()
+        pace_s = self._full_pace[kind].seconds
+        if left_s == math.inf or not pace_s or priority == "urgent":
+            return None
+        count = self._schedule.count_until(job, kind, priority, size)
+        needed_s = count * pace_s / self._num_threads
+        return needed_s - left_s if needed_s > _CLEARLY * left_s else None
 
     def _free_slot(self) -> None:
         with self._lock:
             self._open_items -= 1
 
     def _retry_after_s(self) -> int:
-        """When all that is waiting now will have been answered, at the speed seen so far."""
-        seconds = self._open_items * (self._seconds_per_item or 0.0) / self._num_threads
-        return max(1, min(_MAX_RETRY_AFTER_S, math.ceil(seconds)))
+        """When all that is waiting now will have been answered, at the pace seen so far."""
+        return _whole_s(self._open_items * self._pace.seconds / self._num_threads)
+
+
+def _too_late(seconds: float) -> TooLate:
+    return TooLate(
+        "with what is waiting for the model the answer would come after X-Request-Timeout; come"
+        " back later, or allow more time",
+        _whole_s(seconds),
+        code="deadline",
+    )
+
+
+def _whole_s(seconds: float) -> int:
+    """For Retry-After."""
+    return max(1, min(_MAX_RETRY_AFTER_S, math.ceil(seconds)))

@@ -12,16 +12,17 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pydantic import BaseModel, FiniteFloat, ValidationError
+from pydantic import BaseModel, FiniteFloat
 
 from index.collection import Unit
+from service.bodies import parse_line
 from service.errors import (
     ModelFailed,
     NotFound,
     NotReady,
     Overloaded,
+    RequestError,
     error_fields,
-    invalid_body,
 )
 from service.notes import start
 from service.registry import Registry, ServedCollection
@@ -37,6 +38,8 @@ _AHEAD = 2
 """batches in memory: one is embedded while the one before is stored"""
 _FETCHED_BYTES = 64 * 2**20
 """of pictures behind URLs, that a batch holds unless one is larger"""
+_LINE_BYTES = 4 * 2**20
+"""of an item beside its picture"""
 _ATTEMPTS = 3
 """for a batch that the model failed at, which may have been another request's fault"""
 
@@ -146,7 +149,8 @@ async def _prepare(
     batch: Batch, served: ServedCollection, registry: Registry
 ) -> list[Prepared | Exception]:
     loop = asyncio.get_running_loop()
-    parsed = await loop.run_in_executor(registry.pool, _parse, batch.lines)
+    max_bytes = registry.settings.max_image_bytes * 4 // 3 + _LINE_BYTES
+    parsed = await loop.run_in_executor(registry.pool, _parse, batch.lines, max_bytes)
     items = [one for one in parsed if isinstance(one, UpsertItem)]
     for _ in range(_ATTEMPTS):
         found = await _patiently(items, served, registry)
@@ -222,16 +226,15 @@ def _commit(
     job.done, job.num_failed = batch.end.done, num_failed
 
 
-def _parse(lines: list[bytes]) -> list[UpsertItem | Exception]:
-    return [_parse_line(line) for line in lines]
+def _parse(lines: list[bytes], max_bytes: int) -> list[UpsertItem | Exception]:
+    return [_parse_line(line, max_bytes) for line in lines]
 
 
-def _parse_line(line: bytes) -> UpsertItem | Exception:
+def _parse_line(line: bytes, max_bytes: int) -> UpsertItem | Exception:
     try:
-        return UpsertItem.model_validate_json(line)
-    except ValidationError as error:
-        problems = error.errors(include_url=False, include_context=False, include_input=False)
-        return invalid_body(problems)
+        return parse_line(UpsertItem, line, max_bytes)
+    except RequestError as error:
+        return error
 
 
 def _failure(index: int, error: Exception) -> dict[str, Any]:

@@ -8,6 +8,7 @@ the model's queue.
 
 import asyncio
 import math
+import time
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -74,6 +75,8 @@ class RequestLimits:
             seconds = self._check_headers(scope, held)
             body = await self._read_body(receive, held)
             notes().hold = held.add
+            if seconds < self._settings.request_timeout_s:  # which the client asked for
+                notes().deadline_s = time.monotonic() + seconds
             await self._run(scope, receive, send, body, seconds)
         except RequestError as error:
             await error_response(error)(scope, receive, send)

@@ -4,9 +4,11 @@ Whoever learns something while a request runs says it here: `notes().key = "name
 request, as in a bulk job, nobody reads it.
 """
 
+import contextlib
 import contextvars
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 
 
 @dataclass
@@ -20,6 +22,8 @@ class Notes:
     """pictures and texts that went to a model"""
     hold: Callable[[int], None] = lambda size: None
     """counts bytes that the request holds beside its body; raises when they are too many"""
+    deadline_s: float = math.inf
+    """by time.monotonic: when its client stops waiting, if it said so"""
     seconds: dict[str, float] = field(default_factory=dict)
     """by stage: the longest wait in the queue, the sum of its batches; read a copy, as a model's
     thread may be adding to it"""
@@ -43,3 +47,16 @@ def start(request_id: str) -> Notes:
 def notes() -> Notes:
     """Those of the request being served, or some that are thrown away."""
     return _current.get() or Notes()
+
+
+@contextlib.contextmanager
+def without_deadline() -> Iterator[None]:
+    """For work that other requests wait for as well, which may have more time."""
+    own = notes()
+    made = replace(own, items=0, deadline_s=math.inf)
+    token = _current.set(made)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+        own.items += made.items

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from clipserve.checkpoint import load, verify
+from clipserve.embed import DTYPES
 from clipserve.errors import ConfigError
 from clipserve.model import Model
 from service.served import ServedCollection, ServedModel
@@ -74,8 +75,9 @@ class Reloader:
         return self._swap(old, new)
 
     def _load(self, old: ServedModel, path: Path) -> ServedModel:
-        """On the old one's device; if this fails, what was made of the new one is dropped."""
-        model = load_checked(path, str(old.model.device))
+        """On the old one's device and in its dtype; if this fails, what was made of the new one is
+        dropped."""
+        model = load_checked(path, str(old.model.device), _dtype_asked(old.model))
         other = self._shelf.model_of(model.info.fingerprint or "")
         if other is not None and other is not old:
             raise ConfigError(f"{path} is served already, as {other.name!r}")
@@ -104,15 +106,23 @@ class Reloader:
         return ReloadResult(old.fingerprint, new.fingerprint, kept, stale)
 
 
-def load_checked(path: Path, device: str = "auto") -> Model:
+def load_checked(path: Path, device: str = "auto", dtype: str = "auto") -> Model:
     """`checkpoint.load`, while another thread compares every byte with its checksum, a second for
     half a gigabyte. CheckpointError says what the checksums say before anything else."""
     with ThreadPoolExecutor(1, "verify") as pool:
         checked = pool.submit(verify, path)
         try:
-            return load(path, device, verify=False)
+            return load(path, device, dtype, verify=False)
         finally:
             checked.result()
+
+
+def _dtype_asked(model: Model) -> str:
+    """What it was loaded with: "auto" if it was measured, for another checkpoint is another
+    measurement. Where "auto" measures nothing it comes to the same dtype again."""
+    if model.bf16_cosine is not None:
+        return "auto"
+    return next(name for name, dtype in DTYPES.items() if dtype == model.dtype)
 
 
 def _log_failure(task: "asyncio.Task[ReloadResult]") -> None:

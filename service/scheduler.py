@@ -112,6 +112,11 @@ class Schedule:
         for lane in self._lanes.values():
             lane.drop(job)
 
+    def count_until(self, job: Job, kind: Kind, priority: Priority, size: int) -> int:
+        """How many of these items run before the last of `size` more of a job has, that included,
+        if nothing comes between."""
+        return self._lanes[priority, kind].count_until(job, size)
+
     def clear(self) -> list[Item]:
         """Take out everything."""
         return [item for lane in self._lanes.values() for item in lane.take_all()]
@@ -163,6 +168,11 @@ class _Lane:
 
     def drop(self, job: Job) -> None:
         self._jobs.pop(job, None)
+
+    def count_until(self, job: Job, size: int) -> int:
+        own = size + (len(self._jobs[job][1]) if job in self._jobs else 0)
+        others = (len(items) for other, (_, items) in self._jobs.items() if other is not job)
+        return own + sum(min(own, count) for count in others)
 
     def take(self, size: int) -> list[Item]:
         taken: list[Item] = []

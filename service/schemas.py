@@ -15,6 +15,7 @@ from pydantic.json_schema import models_json_schema
 from clipserve.config import RerankScore
 
 T = TypeVar("T")
+RowEncoding = Literal["float", "base64", "binary", "ubinary"]
 
 K_MAX = 1000
 OFFSET_MAX = 9000
@@ -88,11 +89,18 @@ class EmbeddingsRequest(Body):
         Given("one or several"),
     ] = None
     """a string, or a list of strings, {"text": ...} and {"image": base64, data URI or URL};
-    required unless pictures are sent as files"""
+    required unless pictures are sent as files, or messages"""
+    messages: Annotated[Objects[dict[str, Any]] | None, Given("json")] = None
+    """in the place of input, one text or picture as a chat has it (vLLM's): a single message whose
+    content is a string, or a list of one part: {"type": "text", "text": ...} or {"type":
+    "image_url", "image_url": {"url": data URI}}"""
     modality: Literal["text", "image"] = "text"
     """what plain strings are; an image is base64, a data URI or a URL"""
-    encoding_format: Literal["float", "base64"] = "float"
-    """base64 holds little-endian float32"""
+    encoding_format: RowEncoding = "float"
+    """base64 holds little-endian float32; ubinary a bit for each number, 1 above zero, eight to a
+    byte with the first one highest; binary the same bytes less 128"""
+    embedding_type: RowEncoding | None = None
+    """Jina's name for encoding_format; goes before it"""
     dimensions: int | None = None
     """must be the model's own number, if given"""
     on_error: Literal["fail", "report"] = "fail"

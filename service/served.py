@@ -6,8 +6,7 @@ Legend: C classes, M templates, E embedding.
 import contextlib
 import threading
 import time
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +25,7 @@ from index.search import Hit, Searcher
 from service.errors import Forbidden, RequestError
 from service.heads import HeadCache, digest
 from service.inputs import Input, Picture, Text
+from service.notes import without_deadline
 from service.pipeline import Pipeline
 from service.settings import Settings
 
@@ -81,7 +81,7 @@ class ServedModel:
         self, images: Sequence[Input], texts: Sequence[Input]
     ) -> list[float | Exception]:
         """How likely image i and text i belong together, read jointly."""
-        self._check_fusion()
+        self.check_fusion()
         pairs = [
             (image, text)
             for image, text in zip(images, texts, strict=True)
@@ -91,22 +91,8 @@ class ServedModel:
             raise RequestError("a pair is a picture and a text, in this order", param="images")
         return await self.pipeline.match(pairs)
 
-    async def rerank(
-        self,
-        texts: Sequence[str],
-        hits: Sequence[Sequence[Hit]],
-        collection: Collection,
-        *,
-        k_test: int = 16,
-        score: RerankScore = "matching+contrastive",
-    ) -> Reranked:
-        """`index.rerank.rerank` on the model's thread, where it does not fight with a batch for the
-        processors."""
-        self._check_fusion()
-        work = partial(rerank, self.model, texts, hits, collection, k_test=k_test, score=score)
-        return await self.pipeline.run(work)
-
-    def _check_fusion(self) -> None:
+    def check_fusion(self) -> None:
+        """RequestError for a model that does not read texts and pictures together."""
         if not self.model.has_fusion:
             raise RequestError(
                 "this model compares vectors and has no matching head; use an ALBEF",
@@ -118,9 +104,10 @@ class ServedModel:
         """Through the queue, in pieces, so that other requests get their turn in between."""
         prompts = [Text(fill(template, label)) for label in labels for template in sets]
         parts = []
-        for start in range(0, len(prompts), self._settings.max_text_batch):
-            piece = prompts[start : start + self._settings.max_text_batch]
-            parts.append((await self.pipeline.embed(piece)).rows())
+        with without_deadline():
+            for start in range(0, len(prompts), self._settings.max_text_batch):
+                piece = prompts[start : start + self._settings.max_text_batch]
+                parts.append((await self.pipeline.embed(piece)).rows())
         return head_from_prompts(self.model, labels, np.concatenate(parts))
 
 
@@ -136,10 +123,13 @@ class ServedCollection:
         """whether its model is no longer served under its own name, a reload having replaced it"""
         self.is_closed = False
         self._read_only = settings.read_only
+        self._patience_s = settings.max_batch_s
         self._running = contextlib.ExitStack()
         self._running.callback(searcher.close)
         self._by_field = {searcher.field: searcher}
         self._lock = threading.Lock()
+        self._num_reading = 0
+        self._is_idle = threading.Condition()
         if settings.rebuild_indexes and is_writable(searcher.collection.path):
             self._running.enter_context(Maintainer(searcher))
 
@@ -151,8 +141,7 @@ class ServedCollection:
     def searcher_of(self, field: str) -> Searcher:
         """Over the vectors of "image" or "text"; opened at its first use, which reads them."""
         with self._lock:
-            if self.is_closed:
-                raise CollectionClosed(f"collection {self.name!r} is closed")
+            self._check_open()
             if field not in self._by_field:
                 made = Searcher(
                     self.collection.path, fingerprint=self.model.fingerprint, field=field
@@ -161,11 +150,52 @@ class ServedCollection:
                 self._by_field[field] = made
             return self._by_field[field]
 
+    async def rerank(
+        self,
+        texts: Sequence[str],
+        hits: Sequence[Sequence[Hit]],
+        *,
+        k_test: int = 16,
+        score: RerankScore = "matching+contrastive",
+    ) -> Reranked:
+        """`index.rerank.rerank` on the model's thread, where it does not fight with a batch for the
+        processors. CollectionClosed if the collection was dropped before its turn came."""
+        served = self.model
+        served.check_fusion()
+
+        def work() -> Reranked:
+            with self._reading():
+                return rerank(
+                    served.model, texts, hits, self.collection, k_test=k_test, score=score
+                )
+
+        return await served.pipeline.run(work)
+
     def close(self) -> None:
-        """Nobody may be searching any more."""
+        """Nobody may be searching any more. A re-ranking that has begun is waited for, but no
+        longer than a model's thread is."""
         with self._lock:
             self.is_closed = True
+        with self._is_idle:
+            self._is_idle.wait_for(lambda: not self._num_reading, self._patience_s)
         self._running.close()
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        """The collection stays open; CollectionClosed if it is closed already."""
+        with self._is_idle:
+            self._check_open()
+            self._num_reading += 1
+        try:
+            yield
+        finally:
+            with self._is_idle:
+                self._num_reading -= 1
+                self._is_idle.notify_all()
+
+    def _check_open(self) -> None:
+        if self.is_closed:
+            raise CollectionClosed(f"collection {self.name!r} is closed")
 
 
 def _written(path: Path | None) -> int:

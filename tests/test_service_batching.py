@@ -6,8 +6,10 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from service.batching import Batcher, Job
-from service.errors import ModelFailed, NotReady, Overloaded
+from service.batching import Batcher, Job, TooLate
+from service.caches import Key, Turn, VectorCache
+from service.errors import ModelFailed, NotReady, Overloaded, error_response
+from service.notes import start
 
 WAIT_S = 10
 
@@ -235,6 +237,81 @@ def test_who_is_refused_hears_when_the_queue_will_be_empty(batcher, encoder, clo
     with pytest.raises(Overloaded) as refused:
         batcher.admit(1)
     assert refused.value.headers["Retry-After"] == "15"
+
+
+def teach(batcher: Batcher, encoder: FakeEncoder, clock: FakeClock, **seconds: float) -> None:
+    """Full batches of these kinds were run, at so many seconds an item."""
+    for kind, pace in seconds.items():
+        encoder.gate.clear()
+        job = submit(batcher, *[1.0] * 8, kind=kind)
+        for _ in range(8 // {"text": 8, "image": 4}[kind]):
+            assert encoder.entered.acquire(timeout=WAIT_S)
+            gate, encoder.gate = encoder.gate, threading.Event()
+            clock.now += pace * {"text": 8, "image": 4}[kind]
+            gate.set()
+        encoder.gate.set()
+        rows(job)
+
+
+def submit_by(batcher: Batcher, deadline_s: float, *items: object, **options: str) -> Job:
+    """As `submit`, for a client that waits until then."""
+    start("").deadline_s = deadline_s
+    try:
+        return submit(batcher, *items, **options)
+    finally:
+        start("")
+
+
+def test_what_cannot_be_done_by_its_deadline_is_refused_at_once(batcher, encoder, clock):
+    teach(batcher, encoder, clock, text=0.5)
+    hold(batcher, encoder)
+    waiting = [submit(batcher, 1.0) for _ in range(9)]
+    late = submit_by(batcher, clock.now + 3.0, 2.0)  # its turn ends after 5 s
+    (error,) = rows(late)
+    assert isinstance(error, Overloaded)
+    assert (error.code, error.headers["Retry-After"]) == ("deadline", "2")
+    assert error_response(error).status_code == 429
+    assert batcher.open_items == 10
+    near = submit_by(batcher, clock.now + 4.0, 3.0)  # that is not clearly too late
+    encoder.gate.set()
+    assert [rows(job) for job in [*waiting, near]] == [[[2.0]]] * 9 + [[[6.0]]]
+
+
+def test_a_deadline_counts_what_goes_first_and_nothing_else(batcher, encoder, clock):
+    teach(batcher, encoder, clock, text=0.5, image=2.0)
+    hold(batcher, encoder)
+    submit(batcher, *[1.0] * 4, kind="image")
+    submit(batcher, *[1.0] * 4, priority="bulk")
+    submit(batcher, *[1.0] * 5)  # takes turns with a shorter one
+    mine = submit_by(batcher, clock.now + 0.8, 2.0)
+    late = submit_by(batcher, clock.now + 0.8, 2.0, kind="image")
+    assert isinstance(rows(late)[0], Overloaded)
+    canary = submit_by(batcher, clock.now + 0.01, 3.0, priority="urgent")
+    encoder.gate.set()
+    assert rows(mine) == [[4.0]]
+    assert rows(canary) == [[6.0]]  # whose answer others wait for
+
+
+def test_small_batches_say_nothing_of_how_fast_a_queue_is_emptied(batcher, encoder, clock):
+    job = hold(batcher, encoder)
+    clock.now += 50.0
+    encoder.gate.set()
+    rows(job)
+    assert rows(submit_by(batcher, clock.now + 1.0, 2.0)) == [[4.0]]
+
+
+def test_who_waits_for_the_same_vector_is_not_refused_with_it():
+    cache, told = VectorCache(1000), []
+    key = Key("model", b"digest")
+    assert cache.ask(key, lambda outcome: False) is Turn.YOURS
+    assert cache.ask(key, lambda outcome: told.append(outcome) or True) is Turn.LATER
+    cache.tell(key, TooLate("too late"))
+    assert told == [Turn.YOURS]
+
+
+def test_without_a_deadline_everything_is_queued(batcher, encoder, clock):
+    teach(batcher, encoder, clock, text=5.0)
+    assert rows(submit(batcher, 2.0)) == [[4.0]]
 
 
 def test_the_wait_in_the_queue_is_measured(batcher, encoder, observer, clock):

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ from served import COUNT, World, b64, check_refusal, error, serving
 from clipserve.errors import IndexStoreError
 from service import bulk
 from service import jobs as service_jobs
+from service.errors import InvalidBody
 from service.logs import JsonFormatter
 from service.notes import notes
 from service.routes import jobs as routes
@@ -103,6 +105,56 @@ def test_lines_that_are_no_items_are_named_and_nothing_of_them_is_repeated(own_w
     assert [one["index"] for one in done["failed"]] == [1, 2, 3]
     assert "mArKeR" not in json.dumps(done)
     assert own_world.get(f"/v1/jobs/{done['id']}", failed=1).json()["failed"] == done["failed"][:1]
+
+
+HOSTILE = {
+    "deep lists": b'{"id": "x", "text": "x", "metadata": {"a": '
+    + b"[" * 5000
+    + b"]" * 5000
+    + b"}}",
+    "many lists": b'{"id": "x", "text": "x", "metadata": {"a": [' + b"[]," * 99_999 + b"[]]}}",
+    "many keys": b'{"id": "x", "text": "x", "metadata": {'
+    + b",".join(b'"%d":0' % i for i in range(100_001))
+    + b"}}",
+    "many numbers": b'{"id": "x", "vector": [' + b"1," * 100_001 + b"1]}",
+    "unknown fields": b'{"id": "x", "text": "x"'
+    + b"".join(b',"%d":0' % i for i in range(200))
+    + b"}",
+    "a long number": b'{"id": "x", "text": "x", "metadata": {"a": ' + b"9" * 100_000 + b"}}",
+    "a large number": b'{"id": "x", "text": "x", "metadata": {"a": 1e999}}',
+    "a large vector": b'{"id": "x", "vector": [' + b"1e999," * 15 + b"1]}",
+    "half a character": b'{"id": "x", "text": "\\ud800"}',
+    "no text": b'{"id": "x", "text": "\xff"}',
+    "a long line": b'{"id": "x", "text": "' + b"a" * (5 * 2**20) + b'"}',
+}
+
+
+@pytest.mark.parametrize("line", HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_line_fails_alone_and_costs_little_more_than_its_bytes(
+    tmp_path: Path, model_dir: Path, line: bytes
+):
+    settings = load_settings(jobs_dir=tmp_path / "jobs", max_image_bytes=2**20)
+    body = b'{"id": "a", "text": "x"}\n' + line + b'\n{"id": "b", "text": "y"}\n'
+    with serving(tmp_path, model_dir, settings) as world:
+        made = world.client.post("/v1/jobs?collection=toys", content=body, headers=NDJSON)
+        finish(world)
+        done = job(world, made.json()["id"])
+        assert (done["state"], done["done"], done["num_failed"]) == ("done", 3, 1)
+        assert done["failed"][0]["index"] == 1
+        assert world.registry.collections["toys"].collection.count() == COUNT + 2
+    tracemalloc.start()
+    try:
+        bulk._parse([line], 2**20 * 4 // 3 + bulk._LINE_BYTES)
+        assert tracemalloc.get_traced_memory()[1] < 20 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_line_that_is_too_long_is_not_parsed(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("service.bodies._parse_json", lambda *_: pytest.fail("it was parsed"))
+    (refused,) = bulk._parse([b"{}" * 6], 11)
+    assert isinstance(refused, InvalidBody)
+    assert refused.code == "line_too_long"
 
 
 def test_several_requests_append_to_one_job_which_then_starts(own_world: World):

@@ -1,6 +1,9 @@
 """The middleware against a bare ASGI app, message by message."""
 
 import asyncio
+import contextvars
+import math
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -169,6 +172,23 @@ def test_a_client_may_ask_for_less_time_but_not_for_more():
     assert (status, code(body)) == (504, "timeout")
     headers = {"X-Request-Timeout": "1e9"}
     assert call(never, [chunk(1, more=False)], headers, request_timeout_s=0.02)[0] == 504
+
+
+def test_only_a_time_that_the_client_gave_is_a_deadline():
+    seen = []
+
+    async def look(scope, receive, send) -> None:
+        seen.append(notes().deadline_s - time.monotonic())
+        await echo_size(scope, receive, send)
+
+    def ask(headers) -> None:
+        start("")
+        call(look, [chunk(1, more=False)], headers)
+
+    for headers in ({}, {"X-Request-Timeout": "1e9"}, {"X-Request-Timeout": "7"}):
+        contextvars.Context().run(ask, headers)
+    assert seen[:2] == [math.inf, math.inf]
+    assert 6 < seen[2] <= 7
 
 
 @pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf", "soon", "", "1 2"])

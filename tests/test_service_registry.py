@@ -226,7 +226,7 @@ def test_an_albef_matches_and_orders_hits_anew_on_its_own_thread(registry, tmp_p
         images = [Picture(encode(picture)) for picture in pictures]
         return (
             await served.match(images, [Text("a red cat")] * 4),
-            await served.rerank(["a red cat"], hits, found.collection, score="matching"),
+            await found.rerank(["a red cat"], hits, score="matching"),
         )
 
     matches, reranked = asyncio.run(scenario())

@@ -75,6 +75,25 @@ def test_without_a_path_the_models_own_directory_is_read_again(registry, paths, 
     assert result.new_fingerprint == checkpoint.read_description(paths[1])["fingerprint"]
 
 
+def computes_bf16(device: torch.device) -> bool:
+    return True
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "auto"])
+@pytest.mark.parametrize("turn", [0, 1])
+def test_the_new_model_is_loaded_in_the_dtype_of_the_old_one(
+    registry, paths, monkeypatch, dtype, turn
+):
+    monkeypatch.setattr("clipserve.embed.computes_bf16", computes_bf16)
+    old = clipserve.load(paths[0], device="cpu", dtype=dtype)
+    registry.add_model(old, paths[0])
+    asyncio.run(registry.reload("m", paths[turn]))
+    new = registry.model("m").model
+    assert new is not old
+    assert new.dtype == old.dtype
+    assert (new.bf16_cosine is None) == (dtype != "auto")
+
+
 def test_twenty_reloads_under_load_fail_no_request_and_mix_no_models(registry, paths):
     registry.load_model(paths[0])
     texts = [f"text number {i}" for i in range(5)]

@@ -218,3 +218,11 @@ def test_the_lowest_temperature_still_has_probabilities(world: World):
     ask = {"images": [b64(world.pictures[0])], "labels": LABELS}
     body = world.post("/v1/classify", **ask, temperature=0.001).json()
     assert sum(p["probability"] for p in body["results"][0]["predictions"]) == pytest.approx(1)
+
+
+def test_a_classifier_that_others_wait_for_too_is_built_whatever_the_deadline(own_world: World):
+    own_world.registry.model(None).pipeline.batcher._full_pace["text"].note(1, 40.0)
+    body = {"images": [b64(own_world.pictures[0])], "labels": ["a new label", "another"]}
+    headers = {"X-Request-Timeout": "20"}
+    answer = own_world.client.post("/v1/classify", json=body, headers=headers)
+    assert answer.status_code == 200, answer.text

@@ -38,6 +38,86 @@ def test_base64_vectors_are_little_endian_floats(world: World):
     np.testing.assert_allclose(np.stack(got), world.vectors[:3], atol=1e-5)
 
 
+def rows_of(response) -> np.ndarray:
+    assert response.status_code == 200, response.text
+    return np.array([item["embedding"] for item in response.json()["data"]])
+
+
+@pytest.mark.parametrize("name", ["embedding_type", "encoding_format"])
+def test_bits_are_the_signs_of_the_numbers_the_first_one_highest(world: World, name: str):
+    texts = ["a cat", "a dog"]
+    vectors = world.model.embed_texts(texts)
+    want = [[sum(int(v > 0) << (7 - i) for i, v in enumerate(row[:8]))] for row in vectors]
+    unsigned = rows_of(world.post("/v1/embeddings", input=texts, **{name: "ubinary"}))
+    assert unsigned.shape == (2, 2)
+    assert unsigned[:, :1].tolist() == want
+    signed = rows_of(world.post("/v1/embeddings", input=texts, **{name: "binary"}))
+    assert (signed == unsigned - 128).all()
+
+
+def test_jinas_name_of_the_encoding_goes_before_openais(world: World):
+    answer = world.post(
+        "/v1/embeddings", input="a cat", embedding_type="float", encoding_format="base64"
+    )
+    np.testing.assert_allclose(rows_of(answer), world.model.embed_texts(["a cat"]), atol=1e-5)
+    answer = world.post("/v1/embeddings", input="a cat", embedding_type="base64")
+    assert isinstance(answer.json()["data"][0]["embedding"], str)
+
+
+def chat(*parts: object, **more: object) -> dict[str, object]:
+    return {"messages": [{"role": "user", "content": list(parts)}], **more}
+
+
+def picture_part(picture: bytes) -> dict[str, object]:
+    return {"type": "image_url", "image_url": {"url": data_uri(picture), "detail": "low"}}
+
+
+def test_a_message_of_one_part_is_embedded(world: World):
+    text = world.post("/v1/embeddings", **chat({"type": "text", "text": "a cat"}, model="tiny"))
+    plain = world.post("/v1/embeddings", messages=[{"role": "user", "content": "a cat"}])
+    want = world.model.embed_texts(["a cat"])
+    np.testing.assert_allclose(rows_of(text), want, atol=1e-5)
+    np.testing.assert_allclose(rows_of(plain), want, atol=1e-5)
+    picture = world.post("/v1/embeddings", **chat(picture_part(world.pictures[0])))
+    np.testing.assert_allclose(rows_of(picture), world.vectors[:1], atol=1e-5)
+
+
+TEXT_PART = {"type": "text", "text": "a cat"}
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "word"),
+    [
+        (chat(TEXT_PART, picture_part(b"")), 400, "one part"),
+        (chat(), 400, "one part"),
+        (chat({"type": "input_audio", "input_audio": {}}), 400, "one part"),
+        ({"messages": [{"role": "user"}]}, 400, "one part"),
+        ({"messages": []}, 400, "one message"),
+        ({"messages": [{"content": "a"}, {"content": "b"}]}, 400, "one message"),
+        ({"messages": [{"content": "a"}], "input": "b"}, 400, "one message"),
+        ({"messages": "a"}, 422, "list"),
+        (chat({"type": "text", "text": {"a": 1}}), 400, "string"),
+        (chat({"type": "image_url", "image_url": {"url": 1.5}}), 400, "string"),
+        (chat(picture_part(b"no picture")), 422, "not a picture"),
+        (chat({"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}), 400, "URL"),
+    ],
+)
+def test_a_chat_that_is_not_one_text_or_picture_is_refused(world: World, body, status, word):
+    check_refusal(world.post("/v1/embeddings", **body), status, word)
+
+
+def test_an_answer_that_would_come_too_late_is_refused_at_once(own_world: World):
+    pace = own_world.registry.model(None).pipeline.batcher._full_pace["text"]
+    pace.note(1, 40.0)
+    headers = {"X-Request-Timeout": "20"}
+    answer = own_world.client.post("/v1/embeddings", json={"input": "a cat"}, headers=headers)
+    check_refusal(answer, 429, "X-Request-Timeout")
+    assert 20 <= int(answer.headers["Retry-After"]) <= 21
+    assert own_world.post("/v1/embeddings", input="a cat").status_code == 200
+    again = own_world.client.post("/v1/embeddings", json={"input": "a cat"}, headers=headers)
+    assert again.status_code == 200  # it was kept, so the model is not asked
+
+
 def test_a_single_string_is_an_input(world: World):
     body = world.post("/v1/embeddings", input="a cat", dimensions=16, user="me").json()
     assert len(body["data"]) == 1

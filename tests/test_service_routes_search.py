@@ -1,8 +1,11 @@
 """POST /v1/search."""
 
 import json
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +19,8 @@ from index.build import build as build_index
 from index.collection import Item
 from index.rerank import rerank
 from service.settings import load_settings
+
+WAIT_S = 30
 
 
 def ids(response) -> list[str]:
@@ -196,6 +201,97 @@ def test_reranked_hits_are_in_the_order_of_the_matching_head(albef_world: World)
         rerank_score="matching",
     )
     assert ids(page) == [hit["id"] for hit in hits[3:5]]
+
+
+@pytest.fixture
+def dropping(tmp_path: Path, albef_world: World) -> Iterator[World]:
+    """The same, with a collection that may be dropped."""
+    model_path = albef_world.registry.model("albef").path
+    assert model_path is not None
+    with serving(tmp_path, model_path, load_settings(collections_root=tmp_path)) as world:
+        yield world
+
+
+class Held:
+    """`index.rerank.rerank` on the model's thread, which stops before it until `go_on` is set."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.has_begun, self.go_on = threading.Event(), threading.Event()
+        monkeypatch.setattr("service.served.rerank", self)
+
+    def __call__(self, *given: Any, **options: Any) -> Any:
+        self.has_begun.set()
+        assert self.go_on.wait(WAIT_S)
+        self.result = rerank(*given, **options)
+        return self.result
+
+
+RERANKED = {"text": "a red cat on a mat", "rerank": True}
+
+
+def test_a_collection_is_not_closed_under_a_reranking(dropping: World, monkeypatch):
+    held, closing, is_idle = Held(monkeypatch), threading.Event(), []
+    served = dropping.registry.collections["toys"]
+    wait_for = served._is_idle.wait_for
+
+    def noticed(predicate: Callable[[], bool], timeout: float) -> bool:
+        is_idle.append(predicate())
+        closing.set()
+        return wait_for(predicate, timeout)
+
+    monkeypatch.setattr(served._is_idle, "wait_for", noticed)
+    with ThreadPoolExecutor(2) as pool:
+        search = pool.submit(dropping.post, "/v1/search", **RERANKED)
+        assert held.has_begun.wait(WAIT_S)
+        drop = pool.submit(dropping.client.delete, "/v1/collections/toys")
+        assert closing.wait(WAIT_S)
+        held.go_on.set()
+        assert drop.result().status_code == 200
+    assert is_idle == [False]
+    assert held.result.hits
+    check_refusal(search.result(), 404, "dropped")
+    assert dropping.post("/v1/embeddings", input="x").status_code == 200
+
+
+def test_a_reranking_of_a_collection_that_was_dropped_meanwhile_is_a_404(
+    dropping: World, monkeypatch
+):
+    batcher = dropping.registry.model("albef").pipeline.batcher
+    is_busy, is_queued, go_on = threading.Event(), threading.Event(), threading.Event()
+
+    def work() -> tuple[None]:
+        is_busy.set()
+        assert go_on.wait(WAIT_S)
+        return (None,)
+
+    dropping.post("/v1/embeddings", input=RERANKED["text"])  # the text's vector is kept
+    batcher.put(batcher.admit(1), "call", [(0, work)])
+    assert is_busy.wait(WAIT_S)
+    put = batcher.put
+
+    def noticed(*given: Any) -> None:
+        put(*given)
+        is_queued.set()
+
+    monkeypatch.setattr(batcher, "put", noticed)
+    with ThreadPoolExecutor(1) as pool:
+        search = pool.submit(dropping.post, "/v1/search", **RERANKED)
+        assert is_queued.wait(WAIT_S)
+        assert dropping.client.delete("/v1/collections/toys").status_code == 200
+        go_on.set()
+    check_refusal(search.result(), 404, "dropped")
+
+
+def test_a_reranking_goes_on_with_the_model_it_began_with(dropping: World, monkeypatch):
+    want = ids(dropping.post("/v1/search", **RERANKED))
+    held = Held(monkeypatch)
+    with ThreadPoolExecutor(1) as pool:
+        search = pool.submit(dropping.post, "/v1/search", **RERANKED)
+        assert held.has_begun.wait(WAIT_S)
+        assert dropping.post("/v1/models/albef:reload").status_code == 200
+        held.go_on.set()
+    assert ids(search.result()) == want
+    assert ids(dropping.post("/v1/search", **RERANKED)) == want
 
 
 def test_only_texts_are_reranked_and_not_too_many(albef_world: World):

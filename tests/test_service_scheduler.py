@@ -47,6 +47,17 @@ def test_a_long_request_does_not_hold_up_the_other_kind(schedule):
     assert batch(schedule) == [1]
 
 
+def test_what_goes_before_a_job_ends_is_counted_by_turns(schedule):
+    put(schedule, *range(100, 120))
+    put(schedule, 1, 2)
+    put(schedule, 3, kind="image")
+    put(schedule, 4, priority="bulk")
+    mine = put(schedule, 5)
+    assert schedule.count_until(mine, "text", "interactive", 0) == 3
+    assert schedule.count_until(mine, "text", "interactive", 2) == 3 + 3 + 2
+    assert schedule.count_until(Job(1, lambda: None), "image", "interactive", 1) == 2
+
+
 def test_interactive_goes_before_bulk(schedule):
     put(schedule, 1, priority="bulk", kind="image")
     put(schedule, 2)

@@ -5,7 +5,15 @@ client's shape. Errors are ours, with the status that tells. OpenAI's and Jina's
 `service/routes/embeddings.py`. Start at `ROUTERS`.
 """
 
-from service.compat import clip_as_service, clip_retrieval, cohere, infinity, rerank, tei
+from service.compat import (
+    clip_as_service,
+    clip_retrieval,
+    cohere,
+    infinity,
+    rerank,
+    tei,
+    weaviate,
+)
 
 ROUTERS = (
     infinity.router,
@@ -14,4 +22,5 @@ ROUTERS = (
     clip_as_service.router,
     clip_retrieval.router,
     tei.router,
+    weaviate.router,
 )

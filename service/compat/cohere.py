@@ -14,18 +14,18 @@ from starlette.responses import Response
 from service.bodies import read_json
 from service.compat.rerank import rank
 from service.compat.vectors import (
-    Encoding,
     Lenient,
     check_dimensions,
     check_whole,
     docs,
     embed,
-    encode,
     places_of,
 )
 from service.errors import RequestError
 from service.inputs import Input, parse_input_of
 from service.replies import reply
+from service.routes.embeddings import part_of
+from service.routes.encodings import Encoding, encode
 from service.routes.state import ServedRegistry
 from service.schemas import Values
 
@@ -119,7 +119,7 @@ def _parse(
     values: Sequence[Any] = given[kind] or []
     places = places_of(kind, len(values), max_items)
     if kind == "inputs":
-        pairs = [_part(value, place) for value, place in zip(values, places, strict=True)]
+        pairs = [part_of(value, place) for value, place in zip(values, places, strict=True)]
     else:
         pairs = [(value, kind == "images") for value in values]
     inputs = [
@@ -127,20 +127,6 @@ def _parse(
         for (value, is_image), place in zip(pairs, places, strict=True)
     ]
     return inputs, places
-
-
-def _part(value: Any, place: str) -> tuple[Any, bool]:
-    """The text or picture of an input, and whether it is a picture."""
-    match value:
-        case {"content": [{"type": "text", "text": text}]}:
-            return text, False
-        case {"content": [{"type": "image_url", "image_url": {"url": url}}]}:
-            return url, True
-    raise RequestError(
-        f'{place} must be {{"content": [part]}} with one part, a text or an image_url; this model'
-        " does not read several as one",
-        param=place,
-    )
 
 
 def _meta(num_tokens: int) -> dict[str, Any]:

@@ -10,11 +10,12 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from service.bodies import read_json
-from service.compat.vectors import Lenient, docs, embed, encode, places_of
+from service.compat.vectors import Lenient, docs, embed, places_of
 from service.inputs import parse_picture
 from service.registry import Registry, ServedModel
 from service.replies import reply
 from service.routes.embeddings import embeddings
+from service.routes.encodings import encode
 from service.routes.state import ServedRegistry
 from service.schemas import EmbeddingsRequest, Values, request_docs
 

@@ -14,13 +14,13 @@ from service.compat.vectors import (
     check_whole,
     docs,
     embed,
-    encode,
     places_of,
     reply_bare,
 )
 from service.errors import RequestError
 from service.inputs import parse_input
 from service.replies import reply
+from service.routes.encodings import encode
 from service.routes.state import ServedRegistry
 
 router = APIRouter(tags=["compatibility"])

@@ -1,13 +1,8 @@
-"""What the adapters share: clients' inputs -> unit vectors -> the encodings that clients know.
+"""What the adapters share: clients' inputs -> unit vectors, and what is checked on the way."""
 
-Legend: N items, E embedding.
-"""
-
-import base64
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict
 from starlette.responses import Response
 
@@ -25,9 +20,6 @@ class Lenient(Body):
     model_config = ConfigDict(extra="ignore")
 
 
-Encoding = Literal["float", "base64", "int8", "uint8", "binary", "ubinary"]
-
-
 async def embed(
     registry: Registry, served: ServedModel, inputs: Sequence[Input], places: Sequence[str]
 ) -> Embedded:
@@ -43,24 +35,6 @@ def places_of(param: str, count: int, limit: int) -> list[str]:
     """`param[0]`, `param[1]`, ...; RequestError for none or more than the limit."""
     check_count(count, limit, param)
     return [f"{param}[{index}]" for index in range(count)]
-
-
-def encode(rows: np.ndarray, encoding: Encoding) -> list[Any]:
-    """Unit vectors (N, E), a value each.
-
-    base64 is little-endian float32. int8 and uint8 (128 is zero) scale each vector's largest number
-    to 127, which leaves cosines as they are. binary and ubinary hold a bit for each number above
-    zero, the first one highest (as Cohere's); binary has 128 taken off each byte.
-    """
-    if encoding == "float":
-        return list(np.ascontiguousarray(rows))
-    if encoding == "base64":
-        return [base64.b64encode(row.astype("<f4").tobytes()).decode("ascii") for row in rows]
-    if encoding in ("int8", "uint8"):
-        scaled = np.rint(rows * (127 / np.abs(rows).max(axis=1, keepdims=True))).astype(np.int16)
-        return list(scaled + (128 if encoding == "uint8" else 0))
-    bits = np.packbits(rows > 0, axis=1).astype(np.int16)
-    return list(bits - (128 if encoding == "binary" else 0))
 
 
 def check_dimensions(wanted: int | None, served: ServedModel, param: str) -> None:

@@ -1,6 +1,6 @@
 """POST /v1/embeddings: OpenAI's shape, for texts and pictures; or the rows alone, as bytes."""
 
-import base64
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,9 @@ from service.inputs import Input, Picture, check_count, fetched, parse_input
 from service.pipeline import Embedded
 from service.registry import Registry, ServedModel
 from service.replies import NPY, OCTETS, reply, reply_rows, wanted_type, written
+from service.routes.encodings import encode
 from service.routes.state import ServedRegistry
-from service.schemas import EmbeddingsRequest, request_docs
+from service.schemas import EmbeddingsRequest, RowEncoding, request_docs
 
 router = APIRouter(tags=["embeddings"])
 
@@ -34,42 +35,79 @@ async def embeddings(request: Request, registry: ServedRegistry) -> Response:
     body, files = await read(request, EmbeddingsRequest, max_files=max_items)
     served = registry.model(body.model)
     _check_dimensions(body.dimensions, served)
-    inputs = await fetched(_parse(body, files, registry), registry.fetcher)
+    values = _values(body, len(files))
+    check_count(len(values) + len(files), max_items, "input")
+    places = _places(body, len(values), len(files))
+    inputs = await fetched(_parse(body, values, files, places, registry), registry.fetcher)
     answer = await served.pipeline.embed(inputs, priority=body.priority)
     if not body.truncate:
-        _refuse_truncated(answer, body)
+        _refuse_truncated(answer, places)
     errors = _errors(answer)
     if errors and (body.on_error == "fail" or len(errors) == len(inputs)):
         index, error = errors[0]
-        raise at(error, _place(body, index))
+        raise at(error, places[index])
     rows_type = wanted_type(request, (OCTETS, NPY))
     if rows_type is not None:
         return _rows(answer, rows_type, served)
     size = len(inputs) * served.model.embed_dim
-    return await written(registry.pool, size, lambda: _reply(answer, body, served))
+    return await written(registry.pool, size, lambda: _reply(answer, body, places, served))
 
 
-def _parse(body: EmbeddingsRequest, files: list[bytes], registry: Registry) -> list[Input]:
-    settings, images = registry.settings, body.modality == "image"
-    values = body.input if isinstance(body.input, list) else [body.input]
+def part_of(message: Any, place: str) -> tuple[Any, bool]:
+    """The text or picture of a chat's message, and whether it is a picture."""
+    match message:
+        case {"content": str(text)} | {"content": [{"type": "text", "text": text}]}:
+            return text, False
+        case {"content": [{"type": "image_url", "image_url": {"url": url}}]}:
+            return url, True
+    raise RequestError(
+        f'{place} must be {{"content": [part]}} with one part, a text or an image_url; this model'
+        " does not read several as one",
+        param=place,
+    )
+
+
+def _values(body: EmbeddingsRequest, num_files: int) -> list[Any]:
+    """What is to be embedded, beside the files."""
+    if body.messages is not None:
+        if body.input is not None or num_files or len(body.messages) != 1:
+            raise RequestError(
+                "messages is one message with one text or picture, in the place of input and files;"
+                " send a request for each",
+                param="messages",
+            )
+        value, is_image = part_of(body.messages[0], "messages[0]")
+        return [{"image" if is_image else "text": value}]
     if body.input is None:
-        if not files:
+        if not num_files:
             raise InvalidBody("input: Field required", param="input")
-        values = []
-    check_count(len(values) + len(files), settings.max_items, "input")
+        return []
+    return body.input if isinstance(body.input, list) else [body.input]
+
+
+def _places(body: EmbeddingsRequest, num_values: int, num_files: int) -> list[str]:
+    """What the inputs are called in an error."""
+    if body.messages is not None:
+        return ["messages[0]"]
+    given = [f"input[{i}]" for i in range(num_values)]
+    if not isinstance(body.input, list):
+        given = ["input"] * num_values
+    return given + [f"files[{i}]" for i in range(num_files)]
+
+
+def _parse(
+    body: EmbeddingsRequest,
+    values: Sequence[Any],
+    files: Sequence[bytes],
+    places: Sequence[str],
+    registry: Registry,
+) -> list[Input]:
+    limit, images = registry.settings.max_text_chars, body.modality == "image"
     parsed = [
-        parse_input(value, _place(body, index), images=images, max_chars=settings.max_text_chars)
-        for index, value in enumerate(values)
+        parse_input(value, place, images=images, max_chars=limit)
+        for value, place in zip(values, places, strict=False)
     ]
     return [*parsed, *(Picture(file) for file in files)]
-
-
-def _place(body: EmbeddingsRequest, index: int) -> str:
-    """What an input is called in an error; files come after what is in `input`."""
-    given = body.input if isinstance(body.input, list) else [body.input] * (body.input is not None)
-    if index >= len(given):
-        return f"files[{index - len(given)}]"
-    return f"input[{index}]" if isinstance(body.input, list) else "input"
 
 
 def _check_dimensions(dimensions: int | None, served: ServedModel) -> None:
@@ -82,11 +120,10 @@ def _check_dimensions(dimensions: int | None, served: ServedModel) -> None:
         )
 
 
-def _refuse_truncated(answer: Embedded, body: EmbeddingsRequest) -> None:
+def _refuse_truncated(answer: Embedded, places: Sequence[str]) -> None:
     """In the place of the vectors of texts that did not fit."""
-    for index, is_cut in enumerate(answer.truncated):
+    for index, (is_cut, place) in enumerate(zip(answer.truncated, places, strict=True)):
         if is_cut:
-            place = _place(body, index)
             answer.vectors[index] = RequestError(
                 f"{place} does not fit into the model's context; shorten it, or leave truncate out",
                 param=place,
@@ -104,47 +141,43 @@ def _rows(answer: Embedded, media_type: str, served: ServedModel) -> Response:
     nothing = np.full(served.model.embed_dim, np.nan, np.float32)
     rows = [nothing if isinstance(v, Exception) else v for v in answer.vectors]
     headers = {
-        "X-Clipserve-Errors": _places([index for index, _ in _errors(answer)]),
-        "X-Clipserve-Truncated": _places(list(np.flatnonzero(answer.truncated))),
+        "X-Clipserve-Errors": _listed([index for index, _ in _errors(answer)]),
+        "X-Clipserve-Truncated": _listed(list(np.flatnonzero(answer.truncated))),
         "X-Clipserve-Tokens": str(sum(answer.num_tokens)),
     }
     return reply_rows(np.stack(rows), media_type, served, headers)
 
 
-def _places(indices: list[int]) -> str:
+def _listed(indices: list[int]) -> str:
     return ",".join(map(str, indices[:_PLACES_IN_A_HEADER]))
 
 
-def _reply(answer: Embedded, body: EmbeddingsRequest, served: ServedModel) -> Response:
+def _reply(
+    answer: Embedded, body: EmbeddingsRequest, places: Sequence[str], served: ServedModel
+) -> Response:
     num_tokens = sum(answer.num_tokens)
     content: dict[str, Any] = {
         "object": "list",
-        "data": _data(answer, body.encoding_format),
+        "data": _data(answer, body.embedding_type or body.encoding_format),
         "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens},
     }
     if body.on_error == "report":
         content["errors"] = [
-            {"index": index, "error": error_fields(error, _place(body, index))}
+            {"index": index, "error": error_fields(error, places[index])}
             for index, error in _errors(answer)
         ]
     return reply(content, served)
 
 
-def _data(answer: Embedded, encoding: str) -> list[dict[str, Any]]:
+def _data(answer: Embedded, encoding: RowEncoding) -> list[dict[str, Any]]:
     return [
         {
             "object": "embedding",
             "index": index,
-            "embedding": _encode(vector, encoding),
+            "embedding": encode(vector[np.newaxis], encoding)[0],
             "truncated": answer.truncated[index],
             "num_tokens": answer.num_tokens[index],
         }
         for index, vector in enumerate(answer.vectors)
         if not isinstance(vector, Exception)
     ]
-
-
-def _encode(vector: np.ndarray, encoding: str) -> np.ndarray | str:
-    if encoding == "float":
-        return np.ascontiguousarray(vector)
-    return base64.b64encode(vector.astype("<f4").tobytes()).decode("ascii")

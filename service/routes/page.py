@@ -20,8 +20,8 @@ _PAGE = "index.html"
 _FILES = (
     *("icon.svg", "style.css", "views.css"),
     *("api.js", "app.js", "charts.js", "classify.js", "collections.js", "dom.js", "filters.js"),
-    *("format.js", "hits.js", "keyboard.js", "metrics.js", "pictures.js", "query.js", "search.js"),
-    *("service.js", "status.js", "theme.js"),
+    *("format.js", "hits.js", "jobs.js", "keyboard.js", "manage.js", "metrics.js", "pictures.js"),
+    *("query.js", "records.js", "search.js", "sending.js", "service.js", "status.js", "theme.js"),
 )
 _TYPES = {
     ".html": "text/html; charset=utf-8",

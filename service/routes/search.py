@@ -295,9 +295,7 @@ async def _rerank(
     body: SearchRequest, asked: Sequence[_Asked], hits: list[list[Hit]], served: ServedCollection
 ) -> list[list[Hit]]:
     texts = [one.terms[0].value.text for one in asked if isinstance(one.terms[0].value, Text)]
-    again = await served.model.rerank(
-        texts, hits, served.collection, k_test=body.k_test, score=body.rerank_score
-    )
+    again = await served.rerank(texts, hits, k_test=body.k_test, score=body.rerank_score)
     return [own[body.offset : body.offset + body.k] for own in again.hits]
 
 
