@@ -1,6 +1,7 @@
 """The web page in a real Chromium: a uvicorn to serve it, and pages that watch what they do."""
 
 import contextlib
+import re
 import socket
 import threading
 from collections.abc import Iterator
@@ -10,6 +11,9 @@ from typing import Any
 import pytest
 import uvicorn
 from fastapi import FastAPI
+from served import build
+
+from service.settings import load_settings
 
 CHROMIUM = Path("/usr/bin/chromium")
 PHONE = {"width": 360, "height": 740}
@@ -32,6 +36,15 @@ def listening(app: FastAPI) -> Iterator[str]:
         finally:
             server.should_exit = True
             thread.join()
+
+
+@contextlib.contextmanager
+def serving(folder: Path, model_dir: Path, **settings: Any) -> Iterator[str]:
+    """The address of the service of `served.build`, with these settings."""
+    registry, app = build(folder, model_dir, load_settings(**settings))
+    with listening(app) as address:
+        yield address
+    registry.close()
 
 
 @contextlib.contextmanager
@@ -61,7 +74,7 @@ def open_page(browser: Any, address: str, **how: Any) -> Iterator[Any]:
     assert not problems
 
 
-def see(page: Any, selector: str, word: str) -> None:
+def see(page: Any, selector: str, word: str | re.Pattern[str]) -> None:
     """Wait until the element's text holds the word."""
     page.locator(selector, has_text=word).first.wait_for()
 

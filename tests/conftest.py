@@ -102,6 +102,25 @@ def captioned(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A Chromium, or the test is skipped."""
+    from browsing import chromium
+
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture
+def page(browser: Any, address: str) -> Iterator[Any]:
+    """The web page at the module's `address`, once it shows what is in the collection."""
+    from browsing import open_page, see
+
+    with open_page(browser, address) as page:
+        see(page, "#search-status", "Some of what is in toys")
+        yield page
+
+
+@pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Iterator[Any]:
     """A service that the tests of a module share; none may change it."""
     from served import serving

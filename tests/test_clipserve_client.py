@@ -269,7 +269,7 @@ def test_predictions_are_in_the_order_of_the_pictures():
     assert list(errors) == [1]
     ((_, _, body),) = fake.sent
     assert body["labels"] == ["cat", "dog"]
-    assert sorted(body) == ["images", "labels", "templates", "top_k"]
+    assert sorted(body) == ["images", "labels", "top_k"]
 
 
 def test_one_picture_is_sent_once_for_many_texts():
@@ -322,3 +322,41 @@ def test_what_would_be_answered_otherwise_the_second_time_is_sent_once(change: A
     ):
         change(client)
     assert len(sent) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda client: client.create_collection("new", exist_ok=True),
+        lambda client: client.drop_collection("new", missing_ok=True),
+    ],
+)
+def test_what_may_be_done_already_is_sent_again(change: Any):
+    sent = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        sent.append(request.method)
+        if len(sent) == 1:
+            raise httpx.ReadError("the answer was lost")
+        if len(sent) == 2 and request.method == "PUT":
+            return refuse("there is one", "collection_exists", "name", 400)
+        if request.method == "DELETE":
+            return refuse("no such collection", "collection_not_found", "collection", 404)
+        return httpx.Response(200, json={"name": "new", "model": "tiny"})
+
+    with clipserve.Client(transport=httpx.MockTransport(answer)) as client:
+        change(client)
+    assert len(sent) >= 2
+
+
+def test_a_collection_of_another_model_will_not_do():
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.method == "PUT":
+            return refuse("there is one", "collection_exists", "name", 400)
+        return httpx.Response(200, json={"name": "new", "model": "other"})
+
+    with (
+        clipserve.Client(transport=httpx.MockTransport(answer)) as client,
+        pytest.raises(RequestRefused, match="of the model other, not of tiny"),
+    ):
+        client.create_collection("new", model="tiny", exist_ok=True)

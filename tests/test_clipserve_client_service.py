@@ -1,8 +1,6 @@
 """The client and the service, over loopback: what a call returns is what the model would."""
 
 import asyncio
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -113,20 +111,100 @@ def test_a_collection_from_its_beginning_to_its_end(running: Running, client: Cl
         client.collection("new")
 
 
-def test_a_job_stores_any_number_of_items(running: Running, client: Client):
+def test_a_job_stores_any_number_of_items_and_is_followed_to_its_end(
+    running: Running, client: Client
+):
     client.create_collection("bulk")
-    items = ({"id": str(i), "text": f"text {i}"} for i in range(50))
-    job = client.start_job("bulk", items)
-    waiting = threading.Event()
-    limit = time.monotonic() + 60
-    while client.job(job["id"])["state"] not in ("done", "failed") and time.monotonic() < limit:
-        waiting.wait(0.02)
-    done = client.job(job["id"])
-    assert (done["state"], done["done"], done["failed"]) == ("done", 50, [])
+    sent: list[tuple[int, int | None]] = []
+    stored: list[tuple[int, int | None]] = []
+    items = ({"id": str(i), "text": f"text {i}"} for i in range(1050))
+    job = client.start_job("bulk", items, progress=lambda *told: sent.append(told))
+    assert sent == [(1000, None), (1050, None)]
+    done = client.follow_job(job["id"], every_s=0.02, progress=lambda *told: stored.append(told))
+    assert (done["state"], done["done"], done["failed"]) == ("done", 1050, [])
+    assert stored == sorted(stored)
+    assert stored[-1] == (1050, 1050)
     assert [one["id"] for one in client.jobs()] == [job["id"]]
-    assert client.collection("bulk")["count"] == 50
+    assert client.collection("bulk")["count"] == 1050
     client.cancel_job(job["id"])
     client.drop_collection("bulk")
+
+
+def test_items_of_a_job_that_could_not_be_stored_are_named_by_their_places(
+    running: Running, client: Client
+):
+    items = [{"id": "bulk/1", "text": "a"}, {"id": "bulk/2", "image": b"no picture"}]
+    job = client.start_job("toys", items)
+    errors: dict[int, Any] = {}
+    done = client.follow_job(job["id"], every_s=0.02, errors=errors)
+    assert (done["num_failed"], list(errors)) == (1, [1])
+    assert errors[1].code == "invalid_image"
+    with pytest.raises(ItemRefused, match="item 1"):
+        client.follow_job(job["id"])
+    assert client.delete("toys", ["bulk/1", "bulk/2"]) == 1
+    client.cancel_job(job["id"])
+
+
+def test_many_queries_find_what_each_finds_alone(running: Running, client: Client):
+    told: list[tuple[int, int | None]] = []
+    queries: list[Any] = [f"text {i}" for i in range(30)]
+    queries[4] = {"image": running.pictures[3]}
+    queries[7] = {"queries": [{"vector": running.vectors[5]}, {"text": "x", "weight": 0.001}]}
+    found = client.search_many(
+        queries, k=2, filter={"n": {"gte": 2}}, progress=lambda *one: told.append(one)
+    )
+    assert [hit.id for hit in found[0]] == [
+        hit.id for hit in client.search("text 0", k=2, filter={"n": {"gte": 2}})
+    ]
+    assert (found[4][0].id, found[7][0].id) == ("toy/3", "toy/5")
+    assert [len(hits) for hits in found] == [2] * 30
+    assert told[-1] == (30, 30)
+
+
+def test_a_query_that_is_refused_leaves_the_others(running: Running, client: Client):
+    errors: dict[int, Any] = {}
+    found = client.search_many(["a", {"id": "gone"}, {"image": b"no"}, "b"], k=1, errors=errors)
+    assert [len(hits) for hits in found] == [1, 0, 0, 1]
+    assert (errors[1].status, errors[2].code) == (404, "invalid_image")
+    with pytest.raises(ItemRefused, match="item 1"):
+        client.search_many(["a", {"id": "gone"}])
+
+
+def test_queries_whose_hits_are_too_many_together_are_asked_apart(running: Running, client: Client):
+    found = client.search_many([f"text {i}" for i in range(19)], k=1000)
+    assert [len(hits) for hits in found] == [6] * 19
+
+
+def test_texts_are_classified(running: Running, client: Client):
+    texts, labels = [f"text {i}" for i in range(25)], ["cat", "dog", "red heart"]
+    found = client.classify_texts(texts, labels, templates=["a {}.", "one {}."], top_k=1)
+    head = running.model.zero_shot(labels, templates=["a {}.", "one {}."])
+    expected = head.probabilities(running.model.embed_texts(texts))
+    assert [one[0].label for one in found] == [labels[i] for i in expected.argmax(axis=1)]
+    got = [one[0].probability for one in found]
+    np.testing.assert_allclose(got, expected.max(axis=1), atol=1e-4)
+
+
+def test_a_collection_that_may_be_there_already_is_made_once(running: Running, client: Client):
+    client.create_collection("maybe", exist_ok=True)
+    client.upsert("maybe", [{"id": "a", "text": "b"}])
+    assert client.create_collection("maybe", model="tiny", exist_ok=True)["count"] == 1
+    with pytest.raises(RequestRefused) as caught:
+        client.create_collection("maybe")
+    assert caught.value.code == "collection_exists"
+    client.drop_collection("maybe")
+    client.drop_collection("maybe", missing_ok=True)
+    with pytest.raises(NotThere):
+        client.drop_collection("maybe")
+
+
+def test_items_are_read_page_by_page_and_one_by_one(running: Running, client: Client):
+    first = client.items("toys", limit=4)
+    rest = client.items("toys", start_after=first[-1]["id"])
+    assert [one["id"] for one in first + rest] == [f"toy/{i}" for i in range(6)]
+    assert client.item("toys", "toy/4")["metadata"] == {"n": 4}
+    with pytest.raises(NotThere):
+        client.item("toys", "toy/6")
 
 
 def test_a_job_whose_items_cannot_be_sent_is_withdrawn(running: Running, client: Client):
@@ -158,6 +236,22 @@ def test_the_asynchronous_client_does_many_things_at_once(running: Running):
 
     expected = running.model.embed_texts([f"text {i}" for i in range(8)])
     np.testing.assert_allclose(np.concatenate(asyncio.run(run())), expected, atol=1e-5)
+
+
+def test_the_asynchronous_client_follows_jobs_and_asks_much_at_once(running: Running):
+    async def run() -> None:
+        async with clipserve.AsyncClient(running.address) as client:
+            await client.create_collection("apart", exist_ok=True)
+            items = [{"id": str(i), "text": f"text {i}"} for i in range(8)]
+            job = await client.start_job("apart", items)
+            await client.follow_job(job["id"], every_s=0.02)
+            texts = [item["text"] for item in items]
+            found = await client.search_many(texts, k=1, collection="apart", exact=True)
+            assert [hits[0].score for hits in found] == pytest.approx([1.0] * 8, abs=1e-5)
+            assert len(await client.classify_texts(texts, ["a", "b"])) == 8
+            await client.drop_collection("apart", missing_ok=True)
+
+    asyncio.run(run())
 
 
 def test_nobody_listening_is_said():

@@ -124,6 +124,16 @@ def test_even_that_is_sent_again_when_nothing_was_done():
     assert Service(refusal(429), OK).call(idempotent=False) == {"fine": True}
 
 
+@pytest.mark.parametrize(("found", "sent"), [({"was": "done"}, 1), (None, 2)])
+def test_it_is_sent_again_when_a_look_shows_that_it_did_not_arrive(found: Any, sent: int):
+    async def look() -> Any:
+        return found
+
+    service = Service(httpx.ReadError("broken"), OK)
+    assert service.call(look=look) == (found or {"fine": True})
+    assert len(service.requests) == sent
+
+
 @pytest.mark.parametrize(
     ("status", "kind"),
     [

@@ -48,6 +48,10 @@ close(vectors, expected["texts"])
 close(image, expected["image"])
 assert predictions[0].probability >= predictions[1].probability
 assert len(hits) == 3
+assert [len(one) for one in lists] == [3, 3]
+assert tags[0].probability >= tags[1].probability
+assert (job["state"], job["done"]) == ("done", 3)
+assert [item["id"] for item in stored] == ["beret", "cap", "hat"]
 with clipserve.Client(ADDRESS) as client:
     assert client.search(image="shoe.jpg", k=1)[0].id == "new"
     client.delete("toys", ["new"])
@@ -170,6 +174,14 @@ assert found[0]["id"] == by_image[0]["id"]
 close(vectors, expected["texts"])
 assert [one["index"] for one in ranked] == [1, 0]
 """,
+    "vLLM's chat embeddings": """
+close(vector, expected["image"])
+""",
+    "Weaviate": """
+close(texts, expected["texts"])
+close(images, [expected["image"]])
+assert httpx.get(ADDRESS + "/.well-known/ready").status_code == 204
+""",
 }
 PACKAGES = {
     "clipserve": "clipserve",
@@ -183,6 +195,8 @@ PACKAGES = {
     "clip-client": "clip_client",
     "clip-retrieval": "clip_retrieval",
     "text-embeddings-inference": "httpx",
+    "vLLM's chat embeddings": "httpx",
+    "Weaviate": "httpx",
 }
 ELSEWHERE = ("infinity_client", "clip-client", "clip-retrieval")
 
@@ -207,7 +221,8 @@ def sections() -> dict[str, str]:
 def place(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Iterator[tuple[Path, str]]:
     """A folder with what the examples read and should get, and the service's address."""
     folder = tmp_path_factory.mktemp("clients")
-    with listening(folder, model_dir) as (address, model, _):
+    settings = {"collections_root": folder, "jobs_dir": folder / "jobs"}
+    with listening(folder, model_dir, **settings) as (address, model, _):
         (folder / "shoe.jpg").write_bytes(encode(make_picture(seed=3), "JPEG", quality=95))
         (folder / "broken.jpg").write_bytes(b"not a picture")
         np.savez(

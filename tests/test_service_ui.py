@@ -6,11 +6,9 @@ from typing import Any
 
 import httpx2
 import pytest
-from browsing import MARKS, captions, chromium, file, listening, open_page, see
+from browsing import MARKS, captions, file, open_page, see, serving
 from conftest import encode, make_picture
-from served import COUNT, build
-
-from service.settings import load_settings
+from served import COUNT
 
 pytestmark = MARKS
 
@@ -22,23 +20,8 @@ def address(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Iterat
     folder = tmp_path_factory.mktemp("ui")
     sets = folder / "sets.json"
     sets.write_text('{"pets": ["cat", "dog", "fish"]}')
-    registry, app = build(folder, model_dir, load_settings(label_sets=sets))
-    with listening(app) as address:
+    with serving(folder, model_dir, label_sets=sets) as address:
         yield address
-    registry.close()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as browser:
-        yield browser
-
-
-@pytest.fixture
-def page(browser: Any, address: str) -> Iterator[Any]:
-    with open_page(browser, address) as page:
-        see(page, "#search-status", "Some of what is in toys")
-        yield page
 
 
 def picture(seed: int) -> dict[str, Any]:

@@ -7,9 +7,9 @@ from typing import Any
 
 import httpx2
 import pytest
-from browsing import MARKS, PHONE, captions, chromium, file, listening, open_page, see
+from browsing import MARKS, PHONE, captions, file, listening, open_page, see, serving
 from conftest import encode, make_picture
-from served import COUNT, build
+from served import COUNT
 
 import clipserve
 from service.app import create_app
@@ -19,33 +19,14 @@ from service.settings import load_settings
 
 pytestmark = MARKS
 
-VIEWS = ["search", "classify", "collections", "status"]
+VIEWS = ["search", "classify", "collections", "jobs", "status"]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("states")
-
-
-@pytest.fixture(scope="module")
-def address(folder: Path, model_dir: Path) -> Iterator[str]:
-    registry, app = build(folder, model_dir, load_settings())
-    with listening(app) as address:
+def address(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Iterator[str]:
+    folder = tmp_path_factory.mktemp("states")
+    with serving(folder, model_dir, jobs_dir=folder / "jobs") as address:
         yield address
-    registry.close()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as browser:
-        yield browser
-
-
-@pytest.fixture
-def page(browser: Any, address: str) -> Iterator[Any]:
-    with open_page(browser, address) as page:
-        see(page, "#search-status", "Some of what is in toys")
-        yield page
 
 
 def focused(page: Any) -> str:
@@ -124,9 +105,10 @@ def test_a_key_is_asked_for_and_kept_in_the_tab_alone(
     browser: Any, model_dir: Path, tmp_path: Path
 ):
     token = add_key(tmp_path / "keys", "reader", "read")
-    settings = load_settings(api_keys_file=tmp_path / "keys")
-    registry, app = build(tmp_path, model_dir, settings)
-    with listening(app) as address, open_page(browser, address) as page:
+    with (
+        serving(tmp_path, model_dir, api_keys_file=tmp_path / "keys") as address,
+        open_page(browser, address) as page,
+    ):
         see(page, "#banner", "This service needs an API key.")
         page.get_by_role("button", name="Enter a key").click()
         page.fill("#key", "csk_wrong_key")
@@ -154,7 +136,6 @@ def test_a_key_is_asked_for_and_kept_in_the_tab_alone(
         page.get_by_role("button", name="Forget it").click()
         see(page, "#banner", "This service needs an API key.")
         assert page.evaluate("() => sessionStorage.length") == 0
-    registry.close()
 
 
 def test_a_failed_search_is_told_and_can_be_tried_again(page: Any):
@@ -188,7 +169,7 @@ def test_status_draws_what_happens_and_only_while_it_is_seen(browser: Any, addre
         page.clock.install()
         readings: list[str] = []
         page.on("request", lambda r: readings.append(r.url) if "metrics" in r.url else None)
-        page.keyboard.press("4")
+        page.keyboard.press("5")
         see(page, "#health", "Ready")
         page.wait_for_selector("#tiles dd")
         texts = [f"text {i}" for i in range(100)]
@@ -276,9 +257,29 @@ def fill_view(page: Any, view: str) -> None:
         see(page, "#classify-status", "could not be read")
     if view == "collections":
         see(page, "#browser-status", "of 12 items")
+    if view == "jobs":
+        fill_jobs(page)
     if view == "status":
         see(page, "#health", "Ready")
         page.wait_for_selector("#tiles dd")
+
+
+def fill_jobs(page: Any) -> None:
+    """Jobs in every state, with a long name and failures, and the form with an error."""
+    common = {"created": 1700000000, "total": 9, "done": 4, "failed": [], "error": None}
+    speed = {"items_per_second": 12.5, "eta_s": 400, "num_failed": 3}
+    states = ["open", "queued", "running", "done", "failed", "cancelled"]
+    jobs = [{"id": name, "state": name, "collection": "toys" * 25} for name in states]
+    jobs = [{**job, **common, **speed} for job in jobs]
+    jobs[4]["error"] = "the collection was dropped and made anew since the job was sent"
+    failed = [{"index": 7, "error": {"message": "item.image is not a picture" + "x" * 80}}]
+    page.route("**/v1/jobs", lambda route: route.fulfill(json={"data": jobs}))
+    page.route("**/v1/jobs/*", lambda route: route.fulfill(json={"failed": failed}))
+    see(page, ".state", "Cancelled")
+    page.locator("summary").nth(2).click()
+    see(page, ".failed", "not a picture")
+    page.get_by_role("button", name="Start the job").click()
+    see(page, "#job-notice", "Choose a file first.")
 
 
 @pytest.mark.parametrize("view", VIEWS)
@@ -289,6 +290,12 @@ def test_nothing_is_wider_than_a_phone(browser: Any, address: str, view: str):
         widths = "() => [document.documentElement.scrollWidth, innerWidth]"
         inside, outside = page.evaluate(widths)
         assert inside <= outside
+        nav, last = (
+            "document.querySelector('#views')",
+            "document.querySelector('#views a:last-child')",
+        )
+        right = "e => e.getBoundingClientRect().right"
+        assert page.evaluate(f"({right})({last}) <= ({right})({nav})")
 
 
 @pytest.mark.parametrize("view", VIEWS)
@@ -304,11 +311,26 @@ def test_axe_finds_no_serious_violation(browser: Any, address: str, view: str, h
         assert violations(page) == []
 
 
-@pytest.mark.parametrize("opener", ["#key-button", "#help-button", ".hit"])
-def test_axe_finds_no_serious_violation_in_a_dialog(page: Any, opener: str):
-    page.locator(opener).first.click()
-    page.wait_for_selector("dialog[open]")
-    assert violations(page) == []
+@pytest.mark.parametrize("how", [{"color_scheme": "light"}, {"color_scheme": "dark"}])
+@pytest.mark.parametrize(
+    ("view", "opener"),
+    [
+        ("search", "#key-button"),
+        ("search", "#help-button"),
+        ("search", ".hit"),
+        ("collections", "#new-collection"),
+        ("collections", "[aria-label='Drop toys']"),
+    ],
+)
+def test_axe_finds_no_serious_violation_in_a_dialog(
+    browser: Any, address: str, view: str, opener: str, how: dict[str, Any]
+):
+    with open_page(browser, address, **how) as page:
+        page.wait_for_selector(".hit img")
+        page.evaluate("view => { location.hash = view; }", view)
+        page.locator(opener).first.click()
+        page.wait_for_selector("dialog[open]")
+        assert violations(page) == []
 
 
 def violations(page: Any) -> list[tuple[str, list[str]]]:

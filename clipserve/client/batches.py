@@ -22,7 +22,9 @@ Send = Callable[[Sequence[Any]], Awaitable[Sequence[Any]]]
 """sends encoded items; returns an answer or a ClipserveError for each"""
 
 _NUMBER_BYTES = 24
-_OF_ITEMS = re.compile(r"(input|images|texts|items|ids)(\[|$)")
+_OF_ITEMS = re.compile(r"(input|images|texts|items|ids|batch|queries)(\[|$)")
+_TIMES_ITEMS = ("k", "with_vectors")
+"""fields of a search that cost something for each of its queries"""
 
 
 class Batches:
@@ -95,6 +97,8 @@ async def _send_or_halve(items: Sequence[Any], send: Send) -> list[Any]:
 
 def _is_of_items(error: RequestRefused) -> bool:
     """Whether fewer items, or others, could be answered: `input[3]` is one, `labels[3]` is not."""
+    if error.code == "too_many_items" and error.param in _TIMES_ITEMS:
+        return True
     return error.code == "body_too_large" or bool(_OF_ITEMS.match(error.param or ""))
 
 
@@ -103,7 +107,7 @@ def _sift(found: list[Any], first: int, errors: Errors | None) -> list[Any]:
     for offset, one in enumerate(found):
         if not isinstance(one, ClipserveError):
             continue
-        error = _named(one, first + offset)
+        error = named(one, first + offset)
         if errors is None:
             raise error
         errors[first + offset] = error
@@ -111,7 +115,7 @@ def _sift(found: list[Any], first: int, errors: Errors | None) -> list[Any]:
     return found
 
 
-def _named(error: ClipserveError, index: int) -> ClipserveError:
+def named(error: ClipserveError, index: int) -> ClipserveError:
     """An error of one item, which says which one; the service counts within a request."""
     status = error.status if isinstance(error, ServiceError) else None
     code = error.code if isinstance(error, ServiceError) else "invalid_image"

@@ -68,20 +68,29 @@ class Transport:
         *,
         lines: Sequence[Any] | None = None,
         idempotent: bool = True,
+        look: Callable[[], Awaitable[Any]] | None = None,
     ) -> Any:
         """The answer's JSON, to a body of JSON or of lines of it.
 
         Raises ServiceError, the kind of which says what to do. What is not idempotent is sent again
-        only after a 429, which says that nothing was done.
+        only after a 429, which says that nothing was done; or where `look` finds out what was: the
+        answer, or None.
         """
         for attempt in range(self._retries + 1):
             try:
                 return await self._try(method, path, body, lines)
             except (ServiceUnreachable, ServiceOverloaded) as error:
-                if attempt == self._retries or not (idempotent or error.status == 429):
+                is_undone = error.status == 429
+                if attempt == self._retries or not (idempotent or is_undone):
                     raise
                 await self._sleep(_pause_s(error, attempt))
+                if look is not None and not is_undone and (found := await look()) is not None:
+                    return found
         raise AssertionError
+
+    async def pause(self, seconds: float) -> None:
+        """Between two requests."""
+        await self._sleep(seconds)
 
     async def _try(self, method: str, path: str, body: Any, lines: Sequence[Any] | None) -> Any:
         how: dict[str, Any] = {"json": body}

@@ -5,11 +5,12 @@ const KEY = "clipserve.key"; // of sessionStorage: gone with the tab
 let key = readKey();
 
 export class ApiError extends Error {
-  constructor(message, status = 0, { code = null, param = null } = {}) {
+  constructor(message, status = 0, { code = null, param = null, retryAfterS = 1 } = {}) {
     super(message);
     this.status = status;
     this.code = code;
     this.param = param;
+    this.retryAfterS = retryAfterS;
   }
 }
 
@@ -28,10 +29,12 @@ export function useKey(text) {
   }
 }
 
-// The answer's JSON. A JSON body is given as `json`, a form as `form`. Throws ApiError, AbortError.
-export async function ask(path, { method = "GET", json, form, signal } = {}) {
-  const headers = json === undefined ? {} : { "Content-Type": "application/json" };
-  const body = json === undefined ? form : JSON.stringify(json);
+// The answer's JSON. A JSON body is given as `json`, a form as `form`, lines of JSON as `lines`.
+// Throws ApiError, AbortError.
+export async function ask(path, { method = "GET", json, form, lines, signal } = {}) {
+  const type = json === undefined ? lines && "application/x-ndjson" : "application/json";
+  const headers = type ? { "Content-Type": type } : {};
+  const body = json === undefined ? (lines ?? form) : JSON.stringify(json);
   const response = await send(path, { method, headers, body, signal });
   try {
     return await response.json();
@@ -100,7 +103,8 @@ async function send(path, { headers = {}, signal, ...options }) {
   signal?.throwIfAborted();
   const told = content?.error ?? {};
   const message = told.message ?? `The service answered with status ${response.status}.`;
-  throw new ApiError(message, response.status, told);
+  const retryAfterS = Number(response.headers.get("Retry-After")) || 1;
+  throw new ApiError(message, response.status, { ...told, retryAfterS });
 }
 
 function readKey() {

@@ -5,13 +5,14 @@ import { listenForClassify } from "./classify.js";
 import { listenForCollections, openCollections, turnItems } from "./collections.js";
 import { byId, closeable, notice } from "./dom.js";
 import { listenForItemDialog } from "./hits.js";
+import { listenForJobs, openJobs } from "./jobs.js";
 import { listenForKeys } from "./keyboard.js";
 import { listenForPictures } from "./pictures.js";
 import { listenForSearch, turn } from "./search.js";
 import { onService, refresh, service } from "./service.js";
 import { listenForStatus, openStatus } from "./status.js";
 
-const VIEWS = ["search", "classify", "collections", "status"];
+const VIEWS = ["search", "classify", "collections", "jobs", "status"];
 const RETRY_MS = 3000; // while models load
 
 let view = null;
@@ -31,6 +32,7 @@ function show() {
   }
   document.title = `${view[0].toUpperCase()}${view.slice(1)} \u00b7 clipserve`;
   openStatus(view === "status");
+  openJobs(view === "jobs");
   if (view === "collections" && before !== view) openCollections();
 }
 
@@ -111,6 +113,7 @@ onService(showAbout);
 listenForSearch(goTo);
 listenForClassify();
 listenForCollections();
+listenForJobs(goTo);
 listenForStatus();
 listenForItemDialog();
 listenForKey();

@@ -1,7 +1,7 @@
 // The classification view: pictures and labels in, a bar for each label out.
 
 import { ask, isAbort, Latest, showBlob } from "./api.js";
-import { button, byId, element, icon, notice, option } from "./dom.js";
+import { button, byId, element, icon, notice, option, refill } from "./dom.js";
 import { percent, plural, seconds } from "./format.js";
 import { onChosen, onPictures } from "./pictures.js";
 import { onService, service } from "./service.js";
@@ -242,13 +242,4 @@ function showService() {
   byId("label-set-choice").hidden = !service.labelSets.length;
   byId("classify-model-choice").hidden = service.models.length < 2;
   showChoices();
-}
-
-// New options; what was chosen stays chosen where it is still there.
-function refill(id, options, otherwise) {
-  const select = byId(id);
-  const wanted = [select.value, otherwise, options[0]?.value];
-  select.replaceChildren(...options);
-  select.value =
-    wanted.find((value) => options.some((one) => one.value === value && value !== undefined)) ?? "";
 }

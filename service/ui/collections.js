@@ -4,7 +4,9 @@ import { ask, collectionPath, isAbort, Latest } from "./api.js";
 import { button, byId, element, notice } from "./dom.js";
 import { bytes, percent, plural, whole } from "./format.js";
 import { showHits, showWaiting } from "./hits.js";
+import { listenForManaging, openDrop, openMake } from "./manage.js";
 import { actions, searchIn } from "./search.js";
+import { fill } from "./sending.js";
 import { collectionNamed, onService, refresh, service } from "./service.js";
 
 const PAGE = 24;
@@ -18,6 +20,7 @@ let next = null; // of the page after this one
 export function listenForCollections() {
   byId("browser-previous").addEventListener("click", () => turnItems(-1));
   byId("browser-next").addEventListener("click", () => turnItems(1));
+  listenForManaging(browse);
   onService(showService);
 }
 
@@ -25,7 +28,6 @@ export function listenForCollections() {
 export async function openCollections() {
   try {
     await refresh();
-    byId("collections-notice").replaceChildren(...(service.collections.length ? [] : [none()]));
     if (name) showPage();
     else if (service.collections.length === 1) browse(service.collections[0].name);
   } catch (error) {
@@ -52,10 +54,12 @@ export function turnItems(step) {
 const none = () =>
   notice({
     title: "No collection is served.",
-    text: "Make one with clipserve embed, and name it to clipserve serve.",
+    text: "Make one here, or with clipserve embed, and name it to clipserve serve.",
+    action: { name: "New collection", run: openMake },
   });
 
 function showService() {
+  byId("collections-notice").replaceChildren(...(service.collections.length ? [] : [none()]));
   byId("collection-list").replaceChildren(...service.collections.map(card));
   if (name && !collectionNamed(name)) {
     name = null;
@@ -79,6 +83,8 @@ function card(one) {
     const name = `Rebuild the index of ${one.name}`;
     buttons.push(button(name, () => rebuild(one.name, told), {}, "Rebuild index"));
   }
+  buttons.push(button(`Fill ${one.name}`, () => fill(one.name), {}, "Fill"));
+  buttons.push(button(`Drop ${one.name}`, () => openDrop(one.name), { class: "quiet" }, "Drop"));
   return element(
     "li",
     { class: `panel collection${one.name === name ? " current" : ""}` },
@@ -156,7 +162,8 @@ function present(items, hasMore) {
   next = items.at(-1)?.id ?? null;
   const empty = notice({
     title: "There is nothing here.",
-    text: "Fill it with clipserve embed, or over the API.",
+    text: "Fill it with a job, with clipserve embed, or over the API.",
+    action: { name: "Fill it", run: () => fill(name) },
   });
   byId("browser-notice").replaceChildren(...(items.length ? [] : [empty]));
   const range = `${whole(from + 1)}\u2013${whole(from + items.length)}`;

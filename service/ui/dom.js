@@ -43,6 +43,19 @@ export function notice({ title, text = "", kind = "empty", action = null }) {
   return made;
 }
 
+// New options; what was chosen stays chosen where it is still there.
+export function refill(id, options, otherwise) {
+  const select = byId(id);
+  const wanted = [select.value, otherwise, options[0]?.value];
+  select.replaceChildren(...options);
+  select.value =
+    wanted.find((value) => options.some((one) => one.value === value && value !== undefined)) ?? "";
+}
+
+// The title for an error of a change: that the key may not, where that is why.
+export const refusal = (error, title) =>
+  error.code === "insufficient_scope" ? "This API key may not do that." : title;
+
 export function closeable(dialog) {
   const close = () => dialog.close();
   dialog.querySelector("[data-close]").addEventListener("click", close);

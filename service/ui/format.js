@@ -15,6 +15,12 @@ export function seconds(value) {
     : `${(1000 * value).toFixed(value < 0.01 ? 1 : 0)} ms`;
 }
 
+// Of what is left to wait for.
+export function duration(value) {
+  if (value < 90) return `${Math.ceil(value)} s`;
+  return value < 5400 ? `${Math.round(value / 60)} min` : `${(value / 3600).toFixed(1)} h`;
+}
+
 export function rate(value) {
   if (value === null || !Number.isFinite(value)) return "\u2013";
   return value >= 100 ? whole(Math.round(value)) : value.toFixed(1);

@@ -21,7 +21,7 @@ function handle(event, actions, help) {
   if (event.key === "/") actions.focusSearch();
   else if (event.key === "?") help.showModal();
   else if (event.key === "[" || event.key === "]") actions.turn(event.key === "[" ? -1 : 1);
-  else if (/^[1-4]$/.test(event.key)) actions.show(Number(event.key) - 1);
+  else if (/^[1-5]$/.test(event.key)) actions.show(Number(event.key) - 1);
   else if (STEPS[event.key] && from.matches(".card button")) return move(from, ...STEPS[event.key]);
   else if (event.key === "Escape") from.blur();
   else return false;

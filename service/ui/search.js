@@ -242,10 +242,11 @@ function showService() {
   if (isNone) {
     byId("search-hits").replaceChildren();
     byId("search-status").textContent = "";
-    const text = "Make one with clipserve embed, and name it to clipserve serve.";
+    const text = "Make one under Collections, or with clipserve embed.";
     byId("search-notice").replaceChildren(notice({ title: "No collection is served.", text }));
   } else if (chosen() !== shown) {
     shown = chosen();
+    query.dropItems();
     search();
   }
 }
