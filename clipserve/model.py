@@ -222,7 +222,7 @@ class Model(nn.Module):
         x = tower.token_embedding(ids) + tower.positional_embedding[:length]  # (B, T, D)
         x = tower.transformer(x, attn_mask=tower.attn_mask[:length, :length])
         x = tower.ln_final(x)
-        x = x[torch.arange(len(x), device=x.device), ids.argmax(dim=-1)]  # (B, D), the end token's
+        x = x[torch.arange(x.shape[0], device=x.device), ids.argmax(dim=-1)]  # the end token
         projection = tower.text_projection
         if isinstance(projection, nn.Linear):
             x = projection(x)

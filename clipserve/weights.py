@@ -144,29 +144,42 @@ def _tower_file(directory: Path) -> Path:
     return file
 
 
-def resize_positions(table: Tensor, like: Tensor) -> Tensor:
-    """`table` for as many patches as `like` has, both (1, 1 + G * G, D) or (1 + G * G, D)."""
+def resize_positions(table: Tensor, like: Tensor, antialias: bool = False) -> Tensor:
+    """`table` for as many patches as `like` has, both (1, 1 + G * G, D) or (1 + G * G, D), or both
+    without a class token's row."""
     if table.shape == like.shape:
         return table
-    grid = _grid(like.shape[-2])
+    grid = grid_of(like.shape[-2])
     batched = table if table.ndim == 3 else table[None]
-    resized = interpolate_positions(batched, grid)
+    resized = interpolate_positions(batched, grid, antialias)
     return resized if table.ndim == 3 else resized[0]
 
 
-def interpolate_positions(table: Tensor, grid: int) -> Tensor:
+def interpolate_positions(table: Tensor, grid: int, antialias: bool = False) -> Tensor:
     """Position embeddings (1, 1 + G * G, D) of a square of patches, for `grid` along each side.
 
-    Bicubic, the class token's row stays; as it is if nothing changes (ALBEF, section 4).
+    Bicubic, the row of a class token, if there is one, stays; as it is if nothing changes (ALBEF,
+    section 4). `antialias` when they become fewer, as open_clip.
     """
-    before = _grid(table.shape[1])
+    before = grid_of(table.shape[1])
     if before == grid:
         return table
-    token, patches = table[:, :1], table[:, 1:]
+    tokens = table.shape[1] - before * before
+    token, patches = table[:, :tokens], table[:, tokens:]
     square = patches.reshape(1, before, before, -1).permute(0, 3, 1, 2)  # (1, D, G, G)
-    square = F.interpolate(square.float(), (grid, grid), mode="bicubic", align_corners=False)
+    square = F.interpolate(
+        square.float(), (grid, grid), mode="bicubic", align_corners=False, antialias=antialias
+    )
     patches = square.permute(0, 2, 3, 1).flatten(1, 2)  # (1, grid * grid, D)
     return torch.cat([token, patches.to(table.dtype)], dim=1)
+
+
+def grid_of(rows: int) -> int:
+    """Patches along a side, of a table with a square of patches, and maybe a class token."""
+    for patches in (rows, rows - 1):
+        if patches == math.isqrt(patches) ** 2:
+            return math.isqrt(patches)
+    raise CheckpointError(f"{rows} position embeddings are no class token and a square of patches")
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
@@ -233,13 +246,3 @@ def _modern(name: str) -> str:
     return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace(
         "LayerNorm.beta", "LayerNorm.bias"
     )
-
-
-def _grid(rows: int) -> int:
-    """Patches along a side, of a table with a class token and a square of patches."""
-    grid = math.isqrt(rows - 1)
-    if grid * grid + 1 != rows:
-        raise CheckpointError(
-            f"{rows} position embeddings are no class token and a square of patches"
-        )
-    return grid

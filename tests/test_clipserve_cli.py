@@ -221,13 +221,45 @@ def test_doctor_and_help_config_answer(run: Run) -> None:
     assert "optim.warmup_steps" in run("train", "--help-config").out
 
 
-def test_another_owner_of_our_package_names_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    import importlib.metadata
-
-    owners = {"training": ["clipserve", "somebody-else"], "index": ["clipserve"]}
-    monkeypatch.setattr(importlib.metadata, "packages_distributions", lambda: owners)
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("top_level.txt", "other\ntraining\n"),
+        ("RECORD", "a.py,sha256=x,1\ntraining/loop.py,sha256=x,1\n"),
+        ("RECORD", "training.py,sha256=x,1\r\n"),
+    ],
+)
+def test_another_owner_of_our_package_names_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, content: str
+) -> None:
+    install("somebody-else", file, content, tmp_path, monkeypatch)
     with pytest.raises(ConfigError, match=r"somebody-else also installs a module named 'training'"):
         cli._check_ownership()
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("top_level.txt", "trainings\nmy_index\n"),
+        ("RECORD", "other/service/app.py,sha256=x,1\nindex/page.html,sha256=x,1\nindex.pyi,,\n"),
+    ],
+)
+def test_names_that_only_look_like_our_packages_are_nobodys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, content: str
+) -> None:
+    install("somebody-else", file, content, tmp_path, monkeypatch)
+    cli._check_ownership()
+
+
+def install(
+    name: str, file: str, content: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What importlib.metadata takes for a distribution, with one list of what it installed."""
+    info = folder / f"{name}-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (info / file).write_text(content, newline="")
+    monkeypatch.syspath_prepend(str(folder))
 
 
 def test_labels_from_a_file(tmp_path: Path) -> None:
@@ -252,9 +284,9 @@ def test_an_albef_checkpoint_goes_in_and_out(run: Run, tmp_path: Path) -> None:
     assert done.code == 0, done.err
     assert run("export", tmp_path / "model", tmp_path / "again.pth").code == 0
     assert_same(read_back(tmp_path / "again.pth"), tensors)
-    refused = run("export", tmp_path / "model", tmp_path / "x", "--to", "onnx")
+    refused = run("export", tmp_path / "model", tmp_path / "x", "--to", "gguf")
     assert refused.code == 2
-    assert "'onnx'" in refused.err
+    assert "'gguf' is not one of albef, open_clip, transformers, onnx" in refused.err
 
 
 def test_reranking_that_cannot_be_meant_is_refused(

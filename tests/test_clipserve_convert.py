@@ -12,9 +12,10 @@ from conftest import make_picture
 from torch import Tensor
 
 import clipserve
-from clipserve import checkpoint, convert, wordpiece
+from clipserve import checkpoint, wordpiece
 from clipserve.albef import Albef
 from clipserve.convert import export_checkpoint, import_checkpoint, read_albef, write_albef
+from clipserve.convert.albef import _is_momentum
 from clipserve.errors import CheckpointError, ConfigError
 from clipserve.files import save_tensors
 from clipserve.model import Model
@@ -299,7 +300,7 @@ def test_an_imported_model_embeds_and_matches(words: Path, tmp_path: Path) -> No
 
 def test_without_momentum_only_the_weights_are_kept(words: Path, tmp_path: Path) -> None:
     tensors = published()
-    online = {name: tensor for name, tensor in tensors.items() if not convert._is_momentum(name)}
+    online = {name: tensor for name, tensor in tensors.items() if not _is_momentum(name)}
     assert len(online) < len(tensors) / 2 + 10
     model, momentum = read_albef(write(online, tmp_path / "in.pth"), words)
     assert momentum is None

@@ -1,13 +1,20 @@
 """Commands on one model: classify, import, export; and doctor, on the machine it would run on."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from clipserve.cli.options import Device, Dtype, Json, ModelDir
+from clipserve.cli.options import Device, Dtype, Json, ModelDir, pick
 from clipserve.console import print_json, print_line
 from clipserve.errors import ConfigError
+
+_FORMS: tuple[Literal["albef", "open_clip", "transformers", "onnx"], ...] = (
+    "albef",
+    "open_clip",
+    "transformers",
+    "onnx",
+)
 
 
 def classify(
@@ -40,33 +47,60 @@ def classify(
 
 
 def import_model(
-    source: Annotated[Path, typer.Argument(help="The checkpoint file.")],
+    source: Annotated[
+        Path, typer.Argument(help="Directory of open_clip, transformers or clipserve; or a file.")
+    ],
     out: Annotated[Path, typer.Argument(help="Model directory to write.")],
+    architecture: Annotated[
+        str | None, typer.Option(help="Of a file of weights: open_clip's name, as ViT-B-32.")
+    ] = None,
     tokenizer: Annotated[
-        Path | None, typer.Option(help="Folder of the BERT whose vocabulary it was trained with.")
+        Path | None,
+        typer.Option(help="Folder of the tokenizer, if not beside the weights; ALBEF: of a BERT."),
+    ] = None,
+    context_length: Annotated[
+        int | None,
+        typer.Option(min=3, help="Another text context: positions stretched or cut."),
     ] = None,
     image_size: Annotated[
         int | None, typer.Option(min=1, help="Another input size; positions are interpolated.")
     ] = None,
 ) -> None:
-    """Make a model directory of a checkpoint that ALBEF published."""
-    from clipserve.convert import import_checkpoint
+    """Make a model directory of what open_clip, OpenAI, transformers or ALBEF published."""
+    from clipserve.convert import import_model as convert
 
-    fingerprint = import_checkpoint(source, out, "albef", image_size, tokenizer)
+    fingerprint, notes = convert(
+        source,
+        out,
+        architecture=architecture,
+        tokenizer=tokenizer,
+        context_length=context_length,
+        image_size=image_size,
+    )
+    for note in notes:
+        print_line(note)
     print_line(f"model: {out} ({fingerprint[:12]})")
 
 
 def export_model(
     model: ModelDir,
-    out: Annotated[Path, typer.Argument(help="File to write.")],
-    to: Annotated[str, typer.Option(help="albef: the layout that ALBEF publishes.")] = "albef",
+    out: Annotated[Path, typer.Argument(help="New directory; of albef a file.")],
+    to: Annotated[
+        str, typer.Option("--to", "--format", help="albef, open_clip, transformers or onnx.")
+    ] = "albef",
 ) -> None:
-    """Write a model directory as others read it."""
+    """Write a model directory as others read it, and hold what was written against it."""
     from clipserve.convert import export_checkpoint
+    from clipserve.convert import export_model as convert
 
-    if to != "albef":
-        raise ConfigError(f"--to {to!r}: only albef is known")
-    export_checkpoint(Path(model), out, "albef")
+    form = pick(to, _FORMS, "--to")
+    if form == "albef":
+        export_checkpoint(Path(model), out, form)
+    else:
+        proof, notes = convert(Path(model), out, form)
+        for note in notes:
+            print_line(f"otherwise there: {note}")
+        print_line(str(proof))
     print_line(f"written: {out}")
 
 

@@ -1,0 +1,25 @@
+"""What a reader hands over: somebody else's model before it is made one of ours."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from clipserve.images import ImageTransform
+from clipserve.model import ModelInfo
+
+
+@dataclass(frozen=True)
+class Found:
+    """Weights under open_clip's names, and what belongs to them."""
+
+    tensors: dict[str, Tensor]
+    architecture: dict[str, Any]
+    transform: ImageTransform | None
+    """None: open_clip's default for the input size"""
+    tokenizer: Path | None
+    """the folder with its files; None for CLIP's own, which ships with open_clip"""
+    info: ModelInfo
+    notes: list[str] = field(default_factory=list)
+    """what is not as it was there, a line each"""

@@ -1,0 +1,117 @@
+"""Both towers as ONNX, out: image.onnx, text.onnx, onnx.json and what prepares their inputs.
+
+    image.onnx       pixels (B, 3, H, W) float32 -> embeddings (B, E) float32 of unit length
+    text.onnx        ids (B, T) int64 -> embeddings (B, E) float32 of unit length
+    onnx.json        the image transform, the context length T, logit scale and bias, the opset
+    tokenizer/       for transformers' AutoTokenizer, or the tokenizers package
+
+B is any number, T always the context length. Fusion layers and decoders stay behind.
+"""
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from clipserve.convert.proof import Proof, prove
+from clipserve.convert.tokenizers_writing import write_tokenizer
+from clipserve.decoding import open_decoded
+from clipserve.errors import ConfigError
+from clipserve.model import Model
+
+OPSET = 18
+_EXAMPLES = 2
+"""rows to trace with: a batch of one would be taken for the only size"""
+
+
+def write_onnx(model: Model, folder: Path) -> tuple[Proof, list[str]]:
+    """Two networks, checked with onnxruntime."""
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        _require(package)
+    model.requires_grad_(False).eval()
+    height, width = model.transform.size
+    pixels = torch.zeros(_EXAMPLES, 3, height, width)
+    ids = model.tokenizer(["a cat"] * _EXAMPLES).ids
+    _export(_ImageTower(model), pixels, "pixels", folder / "image.onnx")
+    _export(_TextTower(model), ids, "ids", folder / "text.onnx")
+    bias = model.logit_bias
+    description = {
+        "opset": OPSET,
+        "context_length": model.context_length,
+        "embed_dim": model.embed_dim,
+        "fingerprint": model.info.fingerprint,
+        "image_transform": model.transform.to_open_clip(),
+        "logit_scale": model.logit_scale.item(),
+        "logit_bias": None if bias is None else bias.item(),
+    }
+    (folder / "onnx.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    notes = write_tokenizer(model, folder / "tokenizer")
+    if model.has_fusion or model.has_decoder:
+        notes.append("only the two towers were written, not what reads picture and text together")
+    return _prove(model, folder), notes
+
+
+class _ImageTower(nn.Module):
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.model.encode_image(pixels)
+
+
+class _TextTower(nn.Module):
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.model.encode_text(ids)
+
+
+def _export(tower: nn.Module, example: Tensor, name: str, file: Path) -> None:
+    program = torch.onnx.export(
+        tower.eval(),
+        (example,),
+        dynamo=True,
+        opset_version=OPSET,
+        input_names=[name],
+        output_names=["embeddings"],
+        dynamic_shapes={name: {0: torch.export.Dim("batch")}},
+        verbose=False,
+    )
+    assert program is not None
+    program.save(str(file))
+
+
+def _prove(model: Model, folder: Path) -> Proof:
+    image, text = (_session(folder / name) for name in ("image.onnx", "text.onnx"))
+
+    def images(pictures: list[bytes]) -> np.ndarray:
+        transform = model.transform
+        resized = np.stack([transform.resize(open_decoded(data, transform)) for data in pictures])
+        pixels = transform.normalize(torch.from_numpy(resized)).numpy()
+        return np.asarray(image.run(None, {"pixels": pixels})[0])
+
+    def texts(captions: list[str]) -> np.ndarray:
+        return np.asarray(text.run(None, {"ids": model.tokenizer(captions).ids.numpy()})[0])
+
+    return prove(model, images, texts)
+
+
+def _session(file: Path) -> Any:
+    runtime = _require("onnxruntime")
+    return runtime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+
+
+def _require(package: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise ConfigError(
+            f"ONNX needs the package {package}: install clipserve with the extra `onnx`"
+        ) from None

@@ -1,0 +1,47 @@
+"""An open_clip directory, out: `open_clip.create_model_and_transforms("local-dir:OUT")`."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from clipserve.convert.open_clip_files import CONFIG
+from clipserve.convert.proof import Proof, prove
+from clipserve.errors import ConfigError
+from clipserve.files import save_tensors
+from clipserve.model import Model
+
+_WEIGHTS = "open_clip_model.safetensors"
+
+
+def write_open_clip(model: Model, folder: Path) -> tuple[Proof, list[str]]:
+    """Weights, configuration and, where it is not CLIP's own, the tokenizer."""
+    if model.has_fusion:
+        raise ConfigError("open_clip has no counterpart of an ALBEF's fusion layers (fusion_cfg)")
+    config = {"model_cfg": model.architecture, "preprocess_cfg": model.transform.to_open_clip()}
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    save_tensors(model.network.state_dict(), folder / _WEIGHTS, metadata={"format": "pt"})
+    model.tokenizer.save(folder)
+    return _prove(model, folder), []
+
+
+def _prove(model: Model, folder: Path) -> Proof:
+    import open_clip
+
+    name = f"local-dir:{folder}"
+    theirs, _, preprocess = open_clip.create_model_and_transforms(name)
+    theirs.eval()
+    tokenize = open_clip.get_tokenizer(name)
+
+    def images(pictures: list[bytes]) -> np.ndarray:
+        opened = (Image.open(io.BytesIO(data)) for data in pictures)
+        features = theirs.encode_image(torch.stack([preprocess(picture) for picture in opened]))
+        return np.asarray(features.numpy())
+
+    def texts(captions: list[str]) -> np.ndarray:
+        return np.asarray(theirs.encode_text(tokenize(captions)).numpy())
+
+    return prove(model, images, texts)

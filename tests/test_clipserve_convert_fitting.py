@@ -1,0 +1,68 @@
+from typing import Any
+
+import pytest
+import torch
+
+from clipserve.convert.fitting import change_sizes, fit_positions, resize_text
+from clipserve.errors import ConfigError
+from clipserve.model import create
+
+
+def table(rows: int, width: int = 3) -> torch.Tensor:
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(0))
+
+
+def test_longer_texts_keep_the_first_20_positions_and_stretch_the_rest() -> None:
+    before = table(77)
+    after = resize_text(before, 134)  # 57 rows -> 114: two steps where one was, nearly
+    assert after.shape == (134, 3)
+    assert torch.equal(after[:20], before[:20])
+    assert torch.equal(after[20], before[20])
+    assert torch.equal(after[-1], before[-1])
+    place = 1 * 56 / 113  # of row 21 among the 57 that are stretched
+    expected = before[20] + place * (before[21] - before[20])
+    assert torch.allclose(after[21], expected, atol=1e-6)
+
+
+def test_a_short_table_is_stretched_as_a_whole() -> None:
+    before = torch.tensor([[0.0], [2.0], [4.0]])
+    assert resize_text(before, 5).flatten().tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
+
+
+def test_shorter_texts_keep_the_first_positions() -> None:
+    before = table(77)
+    assert torch.equal(resize_text(before, 30), before[:30])
+
+
+@pytest.mark.parametrize("size", [40, 128])
+def test_a_last_position_that_is_read_stays_the_last(size: int) -> None:
+    before = table(77)
+    after = resize_text(before, size, keeps_last=True)
+    assert torch.equal(after[-1], before[-1])
+    assert torch.equal(after[:20], before[:20])
+    assert torch.equal(after[-2], before[76 - 1] if size > 77 else before[size - 2])
+
+
+def test_each_table_that_changes_is_said_in_one_line(architecture: dict[str, Any]) -> None:
+    wanted = change_sizes(architecture, context_length=24, image_size=64)
+    own = create(wanted).network.state_dict()
+    tensors = create(architecture).network.state_dict()
+    first = tensors["positional_embedding"][0].clone()
+    notes = fit_positions(tensors, own, wanted["text_cfg"])
+    assert notes == [
+        "text positions 16 -> 24: stretched, linearly",
+        "image positions 2x2 -> 4x4: interpolated, bicubic",
+    ]
+    assert torch.equal(tensors["positional_embedding"][0], first)
+    assert {k: v.shape for k, v in tensors.items()} == {k: v.shape for k, v in own.items()}
+    assert fit_positions(tensors, own, wanted["text_cfg"]) == []
+    cut = {"positional_embedding": table(77, 32)}
+    assert fit_positions(cut, own, {}) == ["text positions 77 -> 24: the first ones stay"]
+
+
+def test_sizes_that_no_table_can_have_are_refused(architecture: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="no room for a word"):
+        change_sizes(architecture, 2, None)
+    with pytest.raises(ConfigError, match="context of an ALBEF cannot"):
+        change_sizes(architecture | {"fusion_cfg": {}}, 64, None)
+    assert change_sizes(architecture, 16, 32) == architecture
