@@ -2,24 +2,24 @@
 
 One path: preset -> TOML file -> `section.key=value` overrides -> a frozen `Config`, which is passed
 as an argument and never looked up or written to. Start at `load_config`. The string under each
-field says its unit and meaning; `clipserve train --help-config` prints them.
+field says its unit and meaning; `clipserve train --help-config` prints them. The tables of
+`objectives` and `optim` have files of their own.
 """
 
-import difflib
 import tomllib
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
-from pydantic_core import ErrorDetails
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
+from clipserve.config_text import describe, explain, nearest, to_toml
 from clipserve.errors import ConfigError
 from clipserve.objectives import Contrastive, Objective, check_objectives
+from clipserve.optim import OptimConfig
 from clipserve.sections import Section, Weight
 
 RerankScore = Literal["matching", "matching+cosine", "matching+contrastive"]
-Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ModelConfig(Section):
@@ -30,7 +30,7 @@ class ModelConfig(Section):
     architecture: str | dict[str, Any] | None = None
     """an open_clip architecture by name (`ViT-B-32`), or a table: open_clip's, or an ALBEF's"""
     pretrained: str | None = None
-    """clipserve model directory to start from; an architecture given as well must be its own"""
+    """a model to start from: ours, open_clip's or transformers'; only its sizes can be changed"""
     pretrained_image: str | None = None
     """weights for an ALBEF's image tower: a timm ViT's or DeiT's file, open_clip's, or a model's"""
     pretrained_text: str | None = None
@@ -115,23 +115,13 @@ class DataConfig(Section):
         return self
 
 
-class OptimConfig(Section):
-    """AdamW with open_clip's decay groups, and the learning rate over time."""
+class EarlyStop(Section):
+    """When a run ends before its last step."""
 
-    lr: Annotated[float, Field(gt=0)] = 5e-4
-    """peak learning rate"""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.2
-    """decay of matrices; gains, biases, position and class embeddings and the scale have none"""
-    betas: tuple[Beta, Beta] | None = None
-    """Adam's betas; default (0.9, 0.98) for a ViT, (0.9, 0.999) otherwise, as in open_clip"""
-    eps: Annotated[float, Field(gt=0)] | None = None
-    """Adam's epsilon; default 1e-6 for a ViT, 1e-8 otherwise, as in open_clip"""
-    warmup_steps: Annotated[int, Field(ge=0)] = 500
-    """steps of linear warm-up"""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """course of the learning rate after warm-up; cosine ends at zero"""
-    grad_clip: Annotated[float, Field(gt=0)] | None = None
-    """largest norm of the gradient; absent: not clipped"""
+    patience: Annotated[int, Field(ge=1)]
+    """validations in a row without a better value of `metric`, after which the run ends"""
+    metric: str = "val/mean_r1"
+    """the validation metric, larger is better, that is watched"""
 
 
 class TrainConfig(Section):
@@ -159,6 +149,9 @@ class TrainConfig(Section):
     """newest checkpoints that stay on disk, beside the best"""
     best_metric: str = "val/mean_r1"
     """the validation metric, larger is better, that `best` follows"""
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """keep an average of the weights, of which each step keeps this part; it is what is saved"""
+    early_stop: EarlyStop | None = None
     rerank: Annotated[int, Field(ge=0)] = 0
     """at validation, candidates per query that ALBEF's matching puts in a better order; 0: none"""
     rerank_score: RerankScore = "matching"
@@ -192,6 +185,11 @@ class Config(Section):
             raise ValueError(
                 'positives with "label" need data.label_field, the JSON field with the label'
             )
+        if self.train.early_stop and not (self.data.val or self.data.val_fraction):
+            raise ValueError(
+                "train.early_stop has nothing to watch without validation; set data.val or"
+                " data.val_fraction"
+            )
         if self.model.pretrained and (self.model.pretrained_image or self.model.pretrained_text):
             raise ValueError(
                 "model.pretrained brings all weights; leave out pretrained_image and"
@@ -220,14 +218,14 @@ def load_config(path: Path | None = None, overrides: list[str] | None = None) ->
     try:
         return Config.model_validate(layered)
     except ValidationError as error:
-        raise ConfigError("; ".join(_explain(item) for item in error.errors())) from None
+        raise ConfigError("; ".join(explain(item, Config) for item in error.errors())) from None
 
 
 def dump_toml(config: Config) -> str:
     """The fully resolved configuration as TOML that `load_config` reads back to an equal value."""
     values = config.model_dump(exclude_none=True, mode="json")
     values["model"].pop("preset", None)  # already resolved into the other values
-    return "\n".join(_toml_lines(values, prefix="")) + "\n"
+    return to_toml(values)
 
 
 def preset_names() -> list[str]:
@@ -238,35 +236,7 @@ def preset_names() -> list[str]:
 
 def describe_fields() -> list[tuple[str, str, str]]:
     """Every setting as (dotted name, default, meaning), in the order of the file."""
-    return _describe(Config, "")
-
-
-def _describe(kind: type[BaseModel], prefix: str) -> list[tuple[str, str, str]]:
-    rows = []
-    for name, field in kind.model_fields.items():
-        sections, is_list = _sections_in(field.annotation)
-        if field.description:
-            default = "required" if field.is_required() else str(field.default)
-            rows.append((prefix + name, default, field.description))
-        for section in sections:
-            kinds = _kinds_of(section)
-            inner = f"{prefix}{name}{'[]' if is_list else ''}."
-            rows += _describe(section, f"{inner}{'/'.join(kinds)}." if kinds else inner)
-    return rows
-
-
-def _sections_in(annotation: Any) -> tuple[list[type[BaseModel]], bool]:
-    """The tables that a field may hold, and whether it is a list of them."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation], False
-    found = [section for arg in get_args(annotation) for section in _sections_in(arg)[0]]
-    return found, bool(found)
-
-
-def _kinds_of(section: type[BaseModel]) -> tuple[str, ...]:
-    """The names by which one of several kinds of tables is chosen; () where there is one kind."""
-    field = section.model_fields.get("name")
-    return get_args(field.annotation) if field else ()
+    return describe(Config)
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -290,7 +260,7 @@ def _preset_of(given: dict[str, Any]) -> object:
 
 def _read_preset(name: object) -> dict[str, Any]:
     if name not in preset_names():
-        raise ConfigError(f"unknown preset {name!r}; {_nearest(str(name), preset_names())}")
+        raise ConfigError(f"unknown preset {name!r}; {nearest(str(name), preset_names())}")
     text = resources.files("clipserve.presets").joinpath(f"{name}.toml").read_text("utf-8")
     return tomllib.loads(text)
 
@@ -318,80 +288,3 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> None:
             _merge(below, value)
         else:
             base[key] = value
-
-
-def _explain(item: ErrorDetails) -> str:
-    location = ".".join(str(part) for part in item["loc"])
-    if item["type"] == "extra_forbidden":
-        *parents, name = [str(part) for part in item["loc"]]
-        return f"unknown setting {location!r}; {_nearest(name, _known_names(parents))}"
-    if item["type"] == "union_tag_invalid":
-        name, known = str(item["ctx"]["tag"]), item["ctx"]["expected_tags"].replace("'", "")
-        return f"unknown objective {name!r}; {_nearest(name, known.split(', '))}"
-    if item["type"] == "union_tag_not_found":
-        return f'{location} has no name; give name = "contrastive" or another objective'
-    if item["type"] == "missing":
-        return f"{location} is required"
-    message = item["msg"].removeprefix("Value error, ")
-    message = message[0].lower() + message[1:]
-    if item["type"] == "value_error":
-        return message
-    return f"{location} = {item['input']!r}: {message}"
-
-
-def _known_names(parents: list[str]) -> list[str]:
-    kinds: list[type[BaseModel]] = [Config]
-    for part in parents:
-        named = [kind for kind in kinds if part in _kinds_of(kind)]
-        inner = [
-            s
-            for k in kinds
-            if part in k.model_fields
-            for s in _sections_in(k.model_fields[part].annotation)[0]
-        ]
-        kinds = named or inner or kinds
-    return list(kinds[0].model_fields)
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    match = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean {match[0]!r}?" if match else f"known: {', '.join(known)}"
-
-
-def _toml_lines(table: dict[str, Any], prefix: str) -> list[str]:
-    """Plain values first, then sub-tables: all the TOML that a configuration needs."""
-    lines = []
-    for key, value in table.items():
-        if not isinstance(value, dict) and not _is_table_list(value):
-            lines.append(f"{_toml_key(key)} = {_toml_value(value)}")
-    for key, value in table.items():
-        name = f"{prefix}{_toml_key(key)}"
-        if isinstance(value, dict):
-            lines += ["", f"[{name}]", *_toml_lines(value, f"{name}.")]
-        elif _is_table_list(value):
-            for item in value:
-                lines += ["", f"[[{name}]]", *_toml_lines(item, f"{name}.")]
-    return lines
-
-
-def _is_table_list(value: object) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(v, dict) for v in value)
-
-
-def _toml_key(key: str) -> str:
-    bare = key.isascii() and key.replace("_", "").replace("-", "").isalnum()
-    return key if bare else _toml_value(key)
-
-
-def _toml_value(value: object) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, int | float):
-        return repr(value)
-    if isinstance(value, list):
-        return f"[{', '.join(_toml_value(item) for item in value)}]"
-    assert isinstance(value, str)
-    # A JSON string is a TOML basic string, but for DEL, which TOML wants escaped.
-    import json
-
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -17,6 +17,7 @@ from training.forward import Networks, modules_of
 from training.networks import build
 from training.objectives.self_supervision import PredictingHead, Projector
 from training.optim import build_optimizer
+from training.parts import find_weights
 
 CONTRASTIVE = {"name": "contrastive"}
 MOMENTUM = {"name": "momentum_contrast", "queue_size": 6, "momentum": 0.9}
@@ -141,7 +142,8 @@ def test_a_teacher_that_is_not_there_or_damaged_is_named(
 def test_heads_are_trained_with_the_model(tiny_model: Model) -> None:
     settings = configure(CONTRASTIVE, {"name": "simclr", "hidden_size": 8, "output_size": 6})
     found = build(settings, tiny_model, ALONE, compile_towers=False)
-    optimizer = build_optimizer(tiny_model, settings.optim, found.heads)
+    weights = find_weights(tiny_model.network, found.heads)
+    optimizer = build_optimizer(tiny_model, settings.optim, weights)
     decayed, plain = (set(map(id, group["params"])) for group in optimizer.param_groups)
     heads = dict(found.heads.named_parameters())
     assert {id(p) for p in (*tiny_model.parameters(), *heads.values())} == decayed | plain

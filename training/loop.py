@@ -20,12 +20,13 @@ from clipserve.embed import prepare as prepare_for_inference
 from clipserve.errors import CheckpointError, ClipserveError, TooManyBadSamples, TrainingError
 from clipserve.files import write_atomic
 from clipserve.model import Model
-from clipserve.objectives import find_momentum
+from training.clock import Clock
 from training.data import open_data
 from training.distributed import connect
 from training.evaluate.retrieval import evaluate_retrieval
 from training.forward import look, precision
-from training.optim import clamp_logit_scale, learning_rate
+from training.momentum import alpha_ramp, ramped
+from training.optim import clamp_logit_scale, set_rates
 from training.recipe import Run, prepare
 from training.run_directory import RunDirectory
 from training.signals import Signals, StopWaiting, Wish, listening
@@ -53,6 +54,8 @@ class TrainResult:
     metrics: dict[str, float]
     stopped_by: signal.Signals | None = None
     """the signal that ended it early, with a checkpoint"""
+    stopped_early: bool = False
+    """whether train.early_stop did"""
 
 
 def train(config: Config, resume: str = "auto", console: Console | None = None) -> TrainResult:
@@ -101,10 +104,11 @@ def _continue(run: Run, directory: RunDirectory, resume: str) -> None:
 def _loop(run: Run, directory: RunDirectory, tracker: Tracker, signals: Signals) -> TrainResult:
     config, state, world = run.config, run.state, run.world
     counters, per_epoch = state.counters, run.stream.order.batches_per_epoch
+    early_stop = config.train.early_stop
     metrics: dict[str, float] = {}
     losses: dict[str, Tensor] = {}
     skipped: dict[str, Tensor] = {}
-    base_seconds, clock = counters.seconds, _Clock()
+    base_seconds, clock = counters.seconds, Clock()
     last_save, saved_step = time.monotonic(), counters.step
     stopped_by: signal.Signals | None = None
 
@@ -124,7 +128,7 @@ def _loop(run: Run, directory: RunDirectory, tracker: Tracker, signals: Signals)
         pin=run.device.type == "cuda",
     )
     with contextlib.closing(batches):
-        while counters.step < run.total_steps:
+        while counters.step < run.total_steps and not counters.is_stale(early_stop):
             # ---- data
             before = time.monotonic()
             batch, failure = _take(batches, signals)
@@ -145,9 +149,8 @@ def _loop(run: Run, directory: RunDirectory, tracker: Tracker, signals: Signals)
                 break
 
             # ---- step
-            lr = learning_rate(config.optim, counters.step, run.total_steps)
-            for group in state.optimizer.param_groups:
-                group["lr"] = lr
+            lr = set_rates(state.optimizer, config.optim, counters.step, run.total_steps)
+            run.frozen.hold(counters.step)
             seed_step(config.train.seed, counters.step, world.rank)
             try:
                 losses = _step(run, batch, turn.counts)
@@ -189,6 +192,10 @@ def _loop(run: Run, directory: RunDirectory, tracker: Tracker, signals: Signals)
                     if run.val is not None and world.is_main:
                         metrics = _evaluate(run)
                         tracker.log(counters.step, metrics)
+                    if early_stop is not None:
+                        if world.is_main:
+                            counters.watch(metrics[early_stop.metric])
+                        counters.stale = int(world.exchange(counters.stale)[0, 0])
                     save(is_scored=bool(metrics))
                 elif every is not None and counters.step % every == 0:
                     save()
@@ -200,6 +207,7 @@ def _loop(run: Run, directory: RunDirectory, tracker: Tracker, signals: Signals)
         samples_per_second=counters.samples / max(counters.seconds, 1e-9),
         metrics=metrics,
         stopped_by=stopped_by,
+        stopped_early=counters.is_stale(early_stop),
     )
 
 
@@ -288,6 +296,7 @@ def _step(run: Run, batch: Batch, counts: list[int]) -> dict[str, Tensor]:
     rank that dies leaves the others at the end of the step before.
     """
     networks, state, world = run.networks, run.state, run.world
+    per_epoch = run.stream.order.batches_per_epoch
     # ---- forward: features once, then each objective's share of the loss
     with precision(run.device, run.autocast):
         step = look(
@@ -297,7 +306,7 @@ def _step(run: Run, batch: Batch, counts: list[int]) -> dict[str, Tensor]:
             world,
             seed=run.config.train.seed,
             step=state.counters.step,
-            ramp=_ramp(run),
+            ramp=alpha_ramp(run.config.objectives, state.counters.step, per_epoch),
         )
         shares = {
             f"loss/{objective.name}": compute(objective, step)
@@ -317,32 +326,27 @@ def _step(run: Run, batch: Batch, counts: list[int]) -> dict[str, Tensor]:
     summed = world.total(torch.stack([value.float() for value in numbers.values()]))
 
     # ---- update
-    if run.config.optim.grad_clip is not None:
-        torch.nn.utils.clip_grad_norm_(run.parameters, run.config.optim.grad_clip)
+    limit = run.config.optim.grad_clip
+    norm = torch.nn.utils.get_total_norm([p.grad for p in run.parameters if p.grad is not None])
+    if limit is not None:
+        torch.nn.utils.clip_grads_with_norm_(run.parameters, limit, norm)
     state.optimizer.step()
     clamp_logit_scale(state.model)
 
-    # ---- momentum: the copy follows, and what this batch was compared with becomes old
+    # ---- averages follow, and what this batch was compared with becomes old
+    if state.ema is not None:
+        state.ema.update(state.model.network, ramped(state.ema.momentum, state.counters.step))
     if networks.twin is not None:
         networks.twin.update(state.model.network)
     if networks.queue is not None and step.momentum is not None:
         networks.queue.push(step.momentum.image, step.momentum.text, step.groups)
-    return dict(zip(numbers, summed, strict=True))
-
-
-def _ramp(run: Run) -> float:
-    """How far distillation's alpha has grown: linearly over its first epochs (ALBEF)."""
-    momentum = find_momentum(run.config.objectives)
-    if momentum is None or not momentum.alpha_ramp_epochs:
-        return 1.0
-    steps = momentum.alpha_ramp_epochs * run.stream.order.batches_per_epoch
-    return min(1.0, run.state.counters.step / steps)
+    return {**dict(zip(numbers, summed, strict=True)), "grad_norm": norm}
 
 
 def _evaluate(run: Run) -> dict[str, float]:
     """Retrieval on the validation shards, by the model as it would be served."""
     assert run.val is not None
-    trained = run.state.model
+    trained = run.state.served
     network = copy.deepcopy(trained.network)  # the tokenizer's tables would take longer
     served = Model(
         network, trained.architecture, trained.transform, trained.tokenizer, trained.info
@@ -391,42 +395,3 @@ def _check_finite(losses: dict[str, Tensor], step: int, directory: RunDirectory)
             f" optim.grad_clip, and go on from an earlier checkpoint in {directory.path} with"
             " --resume DIR, or start anew"
         )
-
-
-class _Clock:
-    """Time spent training, without validation and saving; rates since the last lap."""
-
-    def __init__(self) -> None:
-        self._started = self._lap = time.monotonic()
-        self.waited = 0.0
-        self._samples = self._own = self._truncated = 0
-
-    @property
-    def total(self) -> float:
-        return time.monotonic() - self._started
-
-    def count(self, samples: int, own: Batch) -> None:
-        """A step on `samples` samples of all ranks, of which these were this rank's."""
-        self._samples += samples
-        self._own += len(own.samples)
-        self._truncated += own.num_truncated
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Time that counts for nothing."""
-        before = time.monotonic()
-        yield
-        self._started += time.monotonic() - before
-        self._lap += time.monotonic() - before
-
-    def lap(self) -> dict[str, float]:
-        """Rates since the last call."""
-        elapsed = time.monotonic() - self._lap
-        rates = {
-            "samples_per_second": self._samples / elapsed,
-            "data_wait_fraction": self.waited / elapsed,
-            "truncated_fraction": self._truncated / max(self._own, 1),
-        }
-        self._lap, self.waited = time.monotonic(), 0.0
-        self._samples = self._own = self._truncated = 0
-        return rates

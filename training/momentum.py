@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from clipserve.errors import ConfigError
+from clipserve.objectives import Objective, find_momentum
 
 
 class Twin(nn.Module):
@@ -45,13 +46,14 @@ class Twin(nn.Module):
         return super().train(False)
 
     @torch.no_grad()
-    def update(self, network: nn.Module) -> None:
-        """theta_m <- m theta_m + (1 - m) theta (MoCo, equation 2), in place.
+    def update(self, network: nn.Module, momentum: float | None = None) -> None:
+        """theta_m <- m theta_m + (1 - m) theta (MoCo, equation 2), in place; m may be another.
 
         Buffers of floats, such as running means, are averaged too; integers are copied. Buffers
         that are not saved are constants (open_clip's causal mask, with its infinities) and stay.
         """
         online = network.state_dict()
+        keep = self.momentum if momentum is None else momentum
         averaged: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = defaultdict(
             lambda: ([], [])  # one fused call for each dtype
         )
@@ -63,7 +65,23 @@ class Twin(nn.Module):
             else:
                 value.copy_(online[name])
         for own, other in averaged.values():
-            torch._foreach_lerp_(own, other, 1 - self.momentum)
+            torch._foreach_lerp_(own, other, 1 - keep)
+
+
+def ramped(momentum: float, step: int) -> float:
+    """The momentum of an average that begins at step 0, so that the first weights fade at once.
+
+    The rule of TensorFlow's ExponentialMovingAverage with `num_updates`.
+    """
+    return min(momentum, (1 + step) / (10 + step))
+
+
+def alpha_ramp(objectives: tuple[Objective, ...], step: int, steps_per_epoch: int) -> float:
+    """How far distillation's alpha has grown: linearly over its first epochs (ALBEF)."""
+    settings = find_momentum(objectives)
+    if settings is None or not settings.alpha_ramp_epochs:
+        return 1.0
+    return min(1.0, step / (settings.alpha_ramp_epochs * steps_per_epoch))
 
 
 class FeatureQueue(nn.Module):

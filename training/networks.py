@@ -51,7 +51,8 @@ def build(config: Config, model: Model, world: World, compile_towers: bool) -> N
     if momentum is None:
         return networks
     source = config.model.pretrained
-    remembered = checkpoint.load_momentum(source) if source else None
+    is_ours = source is not None and checkpoint.is_model_directory(source)
+    remembered = checkpoint.load_momentum(source) if source and is_ours else None
     return _add_momentum(networks, momentum, compile_towers, remembered)
 
 

@@ -3,16 +3,17 @@
 import logging
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from clipserve import checkpoint, wordpiece
+from clipserve import wordpiece
 from clipserve.albef import Albef
 from clipserve.config import Config, ModelConfig
+from clipserve.convert.reading import read_pretrained
 from clipserve.embed import computes_bf16, resolve_device
 from clipserve.errors import ConfigError, DataError
 from clipserve.images import TrainTransform
@@ -26,9 +27,13 @@ from training.augment import ViewTransform
 from training.data import REMOTE_SHUFFLE_SHARDS, Data
 from training.distributed import World
 from training.forward import Networks, modules_of
+from training.frozen import Frozen
+from training.frozen import choose as choose_frozen
+from training.momentum import Twin
 from training.networks import build as build_networks
-from training.optim import build_optimizer
+from training.optim import build_optimizer, check_steps
 from training.order import OrderSettings
+from training.parts import Weight, find_weights
 from training.state import State
 from training.streaming import SampleSettings, Stream
 
@@ -48,10 +53,11 @@ class Run:
     autocast: bool
     total_steps: int
     world: World
+    frozen: Frozen = field(default_factory=Frozen)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """All that is trained."""
+        """All that is trained, now or later or never."""
         return [*self.state.model.parameters(), *self.networks.heads.parameters()]
 
 
@@ -61,12 +67,15 @@ def prepare(config: Config, data: Data, world: World, vocabulary: Path | None = 
     `vocabulary` is the folder of `training.vocabulary`, if the model needs it.
     """
     device = _device(config, world)
-    _check_best_metric(config, data)
+    _check_metrics(config, data)
     torch.manual_seed(config.train.seed)
     model = build_model(config, vocabulary).to(device)
     _check_rerank(config, model)
     compile_towers = _use_compile(config, device)
     networks = build_networks(config, model, world, compile_towers)
+    weights = find_weights(model.network, networks.heads)
+    frozen = _freeze(config, weights, networks)
+    optimizer = build_optimizer(model, config.optim, weights, frozen)
     for module in (model.network, *modules_of(networks).values()):
         world.same_weights(module)
     stream = _build_stream(config, data, model, world, compile_towers)
@@ -77,13 +86,15 @@ def prepare(config: Config, data: Data, world: World, vocabulary: Path | None = 
     total_steps = config.train.steps or (
         (config.train.epochs or 0) * stream.order.batches_per_epoch
     )
+    check_steps(config.optim, total_steps)
     return Run(
         config=config,
         state=State(
             model,
-            build_optimizer(model, config.optim, networks.heads),
+            optimizer,
             stream.order.identity,
             modules_of(networks),
+            ema=Twin(model.network, config.train.ema) if config.train.ema else None,
         ),
         stream=stream,
         val=data.val,
@@ -92,7 +103,27 @@ def prepare(config: Config, data: Data, world: World, vocabulary: Path | None = 
         autocast=_use_bf16(config, device),
         total_steps=total_steps,
         world=world,
+        frozen=frozen,
     )
+
+
+def _freeze(config: Config, weights: list[Weight], networks: Networks) -> Frozen:
+    """Hold still what the settings say; a line tells how much of the model is trained."""
+    chosen = choose_frozen(weights, config.optim.freeze)
+    modules = (networks.model.network, networks.heads)
+    frozen = Frozen(chosen, modules, config.optim.unfreeze_after_steps)
+    if chosen:
+        held = sum(weight.parameter.numel() for weight in chosen)
+        total = sum(weight.parameter.numel() for weight in weights)
+        until = f" for {frozen.until} steps" if frozen.until else ""
+        logger.info(
+            "trains %.1f%% of %d weights%s; the others are frozen",
+            100 - 100 * held / total,
+            total,
+            until,
+        )
+    frozen.hold(0)
+    return frozen
 
 
 def _build_stream(
@@ -155,18 +186,10 @@ def build_model(config: Config, vocabulary: Path | None = None) -> Model:
         model = create(_with_vocabulary(architecture, vocabulary)).train()
         _load_parts(config.model, model)
         return model
-    if not checkpoint.is_model_directory(source):
-        raise ConfigError(
-            f"model.pretrained = {source!r} is not a clipserve model directory;"
-            " give the directory of a checkpoint"
-        )
-    model = checkpoint.load_for_training(source).train().requires_grad_(True)
-    table = architecture_config(architecture) if isinstance(architecture, str) else architecture
-    if table is not None and table != model.architecture:
-        raise ConfigError(
-            f"model.architecture is not that of model.pretrained = {source!r}; leave it out"
-        )
-    return model
+    read = read_pretrained(source, architecture)
+    for note in read.notes:
+        logger.warning("model.pretrained: %s", note)
+    return read.model.train().requires_grad_(True)
 
 
 def _load_parts(config: ModelConfig, model: Model) -> None:
@@ -196,13 +219,15 @@ def _with_vocabulary(
     return table | {"text_cfg": text}
 
 
-def _check_best_metric(config: Config, data: Data) -> None:
+def _check_metrics(config: Config, data: Data) -> None:
     stages = ["", "reranked_"] if config.train.rerank else [""]
     known = [f"val/{stage}{name}" for stage in stages for name in RETRIEVAL_METRICS]
-    if data.val is not None and config.train.best_metric not in known:
-        raise ConfigError(
-            f"train.best_metric {config.train.best_metric!r} is not one of {', '.join(known)}"
-        )
+    wanted = {"train.best_metric": config.train.best_metric}
+    if config.train.early_stop is not None:
+        wanted["train.early_stop.metric"] = config.train.early_stop.metric
+    for setting, metric in wanted.items():
+        if data.val is not None and metric not in known:
+            raise ConfigError(f"{setting} {metric!r} is not one of {', '.join(known)}")
 
 
 def _check_rerank(config: Config, model: Model) -> None:

@@ -100,7 +100,9 @@ class RunDirectory:
         """
         name = f"step-{state.counters.step:09d}"
         with new_directory(self.path / "checkpoints" / name) as folder:
-            checkpoint.write_into(folder, state.model, name=self.path.resolve().name, **description)
+            checkpoint.write_into(
+                folder, state.served, name=self.path.resolve().name, **description
+            )
             state.save(folder)
         if is_best:  # first: what `latest` says was best must be linked
             link_atomic(self.path / "best", f"checkpoints/{name}")

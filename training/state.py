@@ -1,7 +1,7 @@
 """All that a continuation needs beside the model directory, saved and restored as one.
 
 A checkpoint is a model directory plus `state/`: the optimizer's moments and whatever else learns or
-remembers (an EMA, a queue) as safetensors, the position and the counters as JSON. Never pickle: a
+remembers (a queue, say) as safetensors, the position and the counters as JSON. Never pickle: a
 checkpoint may come from anywhere. Random generators are not in it because none is carried along:
 each step seeds its own from (seed, step, rank), see `seed_step`. Start at `State`.
 """
@@ -18,13 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from clipserve import checkpoint
+from clipserve.config import EarlyStop
 from clipserve.errors import CheckpointError
 from clipserve.files import save_tensors
 from clipserve.files import sha256 as file_sha256
 from clipserve.model import Model
+from training.momentum import Twin
 from training.order import Position, Purpose
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
+_OLDEST_READ = 3
 _STATE = "state.json"
 _OPTIMIZER = "optimizer.safetensors"
 
@@ -39,6 +42,19 @@ class Counters:
     best: float | None = None
     seconds: float = 0.0
     """time spent training, over all sessions"""
+    watched: float | None = None
+    """the best value of train.early_stop's metric"""
+    stale: int = 0
+    """validations since then"""
+
+    def watch(self, value: float) -> None:
+        """Count one more validation."""
+        is_better = self.watched is None or value > self.watched
+        self.watched, self.stale = (value, 0) if is_better else (self.watched, self.stale + 1)
+
+    def is_stale(self, rule: EarlyStop | None) -> bool:
+        """Whether the run has to end early."""
+        return rule is not None and self.stale >= rule.patience
 
 
 @dataclass
@@ -46,7 +62,8 @@ class State:
     """Everything that changes while a run goes on.
 
     `order` is SampleOrder.identity: a run only goes on over the order that it began with. `extras`
-    are modules beside the model whose parameters and buffers belong to the run.
+    are modules beside the model whose parameters and buffers belong to the run. With an average of
+    the weights, `ema`, that is what the model directory holds, and state/ holds the weights.
     """
 
     model: Model
@@ -55,13 +72,22 @@ class State:
     extras: Mapping[str, nn.Module] = field(default_factory=dict)
     position: Position = Position()
     counters: Counters = field(default_factory=Counters)
+    ema: Twin | None = None
+
+    @property
+    def served(self) -> Model:
+        """The model that is measured and saved: of the averaged weights if they are averaged."""
+        if self.ema is None:
+            return self.model
+        own = self.model
+        return Model(self.ema.network, own.architecture, own.transform, own.tokenizer, own.info)
 
     def save(self, folder: Path) -> None:
         """Write state/ into a new checkpoint folder."""
         state = folder / "state"
         state.mkdir()
         files = {_OPTIMIZER: _moments(self.optimizer, self._names())}
-        files |= {f"{name}.safetensors": m.state_dict() for name, m in self.extras.items()}
+        files |= {f"{name}.safetensors": m.state_dict() for name, m in self._modules.items()}
         for name, tensors in files.items():
             save_tensors(tensors, state / name)
         content = {
@@ -69,6 +95,7 @@ class State:
             "position": asdict(self.position),
             "counters": asdict(self.counters),
             "order": dict(self.order),
+            "optimizer": _name(self.optimizer),
             "files": {name: file_sha256(state / name) for name in files},
         }
         content["checksum"] = _checksum(content)
@@ -88,11 +115,12 @@ class State:
             )
         content = _read_state(directory / "state")
         _check_order(directory, content["order"], self.order)
+        _check_optimizer(directory, content.get("optimizer", "AdamW"), self.optimizer)
         self._check_extras(directory, set(content["files"]))
         moments = load_file(directory / "state" / _OPTIMIZER)
         try:
             optimizer = _optimizer_state(self.optimizer, self._names(), moments)
-            for name, module in self.extras.items():
+            for name, module in self._modules.items():
                 module.load_state_dict(load_file(directory / "state" / f"{name}.safetensors"))
         except (RuntimeError, ValueError) as error:
             first = " ".join(str(error).split())[:200]
@@ -100,13 +128,13 @@ class State:
                 f"{directory} was written with other objectives or sizes than this run's ({first});"
                 " change them back, or start anew in another `out`"
             ) from None
-        self.model.network.load_state_dict(saved.network.state_dict())
+        self.served.network.load_state_dict(saved.network.state_dict())
         self.optimizer.load_state_dict(optimizer)
         self.position = Position(**content["position"])
         self.counters = Counters(**content["counters"])
 
     def _check_extras(self, directory: Path, files: set[str]) -> None:
-        needed = {f"{name}.safetensors" for name in self.extras}
+        needed = {f"{name}.safetensors" for name in self._modules}
         for what, names in (
             ("lacks", needed - files),
             ("holds", files - needed - {_OPTIMIZER}),
@@ -115,8 +143,13 @@ class State:
                 verb = "need" if what == "lacks" else "have no use for"
                 raise CheckpointError(
                     f"{directory} {what} {', '.join(sorted(names))}, which this run's objectives"
-                    f" {verb}; change them back, or start anew in another `out`"
+                    f" or train.ema {verb}; change them back, or start anew in another `out`"
                 )
+
+    @property
+    def _modules(self) -> dict[str, nn.Module]:
+        """What state/ holds in a file each."""
+        return {**self.extras, **({"network": self.model.network} if self.ema is not None else {})}
 
     def _names(self) -> dict[int, str]:
         """The name of each trained parameter, by its identity."""
@@ -149,7 +182,7 @@ def _read_state(state: Path) -> dict[str, Any]:
         raise CheckpointError(f"{state} cannot be resumed from: {error}") from None
     if text != json.dumps(content, indent=1) or content.get("checksum") != _checksum(content):
         raise CheckpointError(f"{state / _STATE} was changed after it was written")
-    if content["format_version"] < FORMAT_VERSION:
+    if content["format_version"] < _OLDEST_READ:
         raise CheckpointError(
             f"{state} has format {content['format_version']} of an earlier clipserve, which cannot"
             " be continued exactly; start anew in another `out`, with model.pretrained"
@@ -176,6 +209,18 @@ def _check_order(directory: Path, before: dict[str, Any], now: Mapping[str, Any]
             )
 
 
+def _check_optimizer(directory: Path, before: str, now: torch.optim.Optimizer) -> None:
+    if before != _name(now):
+        raise CheckpointError(
+            f"{directory} was written by {before}, whose moments are of no use to {_name(now)};"
+            " change optim.name back, or start anew in another `out`"
+        )
+
+
+def _name(optimizer: torch.optim.Optimizer) -> str:
+    return type(optimizer).__name__
+
+
 def _checksum(content: dict[str, Any]) -> str:
     rest = {key: value for key, value in content.items() if key != "checksum"}
     return sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
@@ -187,6 +232,7 @@ def _moments(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> dict
         f"{moment}/{names[id(parameter)]}": value
         for parameter, moments in optimizer.state.items()
         for moment, value in moments.items()
+        if isinstance(value, Tensor)  # timm's Muon also keeps which group a parameter is of
     }
 
 

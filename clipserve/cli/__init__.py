@@ -6,6 +6,7 @@ code 2. `--json` prints what a program may read.
     options.py    options that several commands take
     data.py       pack, verify
     training.py   train, evaluate
+    interpolate.py  interpolate
     embed.py      embed
     search.py     search
     index.py      index build, info, check, compact, snapshot
@@ -15,12 +16,23 @@ code 2. `--json` prints what a program may read.
 """
 
 import importlib.metadata
+import re
 import sys
 from typing import NoReturn
 
 import typer
 
-from clipserve.cli import data, embed, index, models, search, serving, training, transfer
+from clipserve.cli import (
+    data,
+    embed,
+    index,
+    interpolate,
+    models,
+    search,
+    serving,
+    training,
+    transfer,
+)
 from clipserve.console import fail
 from clipserve.errors import ClipserveError, ConfigError
 
@@ -36,6 +48,7 @@ app.command()(data.pack)
 app.command()(data.verify)
 app.command()(training.train)
 app.command()(training.evaluate)
+app.command()(interpolate.interpolate)
 app.command()(embed.embed)
 app.command()(search.search)
 app.command()(models.classify)
@@ -60,6 +73,8 @@ app.add_typer(serving.keys, name="keys", no_args_is_help=True)
 
 _INTERRUPTED = 130
 _OWN_PACKAGES = ("clipserve", "training", "service", "index")
+# A name in a top_level.txt, or a Python file in a RECORD.
+_OWNED = re.compile(rf"\n({'|'.join(_OWN_PACKAGES)})(?=\r?\n|(?:/[^\n,]*)?\.py,)")
 
 
 def main() -> NoReturn:
@@ -93,11 +108,18 @@ def _exit_for_click(error: Exception) -> None:
 
 
 def _check_ownership() -> None:
-    """Refuse to start when another distribution owns one of our generic package names."""
-    owners = importlib.metadata.packages_distributions()
-    for package in _OWN_PACKAGES:
-        others = set(owners.get(package, [])) - {"clipserve"}
-        if others:
+    """Refuse to start when another distribution owns one of our generic package names.
+
+    importlib.metadata.packages_distributions() knows as well, but takes a quarter of a second: it
+    parses the path of every installed file.
+    """
+    owners: dict[str, set[str]] = {package: set() for package in _OWN_PACKAGES}
+    for distribution in importlib.metadata.distributions():
+        names = distribution.read_text("top_level.txt") or distribution.read_text("RECORD") or ""
+        for package in set(_OWNED.findall(f"\n{names}\n")):
+            owners[package].add(distribution.name)
+    for package, found in owners.items():
+        if others := found - {"clipserve"}:
             raise ConfigError(
                 f"{', '.join(sorted(others))} also installs a module named {package!r};"
                 " give clipserve an environment of its own"

@@ -47,6 +47,10 @@ def train(
         for key, value in result.metrics.items()
         if key.endswith(("_r1", "_r10"))
     )
+    if result.stopped_early:
+        assert settings.train.early_stop is not None
+        rule = settings.train.early_stop
+        print_line(f"{rule.metric} did not rise in {rule.patience} validations: stopped early")
     speed = f"{result.samples_per_second:.0f} samples/s"
     print_line(f"trained {result.step} steps in {result.seconds:.0f} s ({speed})  {rates}")
     print_line(f"model: {result.best}")
