@@ -30,12 +30,12 @@ from clipserve.embed import prepare
 from clipserve.model import Model, ModelInfo, assemble, create
 from clipserve.text import Tokenizer
 from clipserve.towers import build_network
-from training import loop
 from training.distributed import World, connect
 from training.forward import Networks, modules_of
 from training.networks import build
 from training.recipe import Run
 from training.state import Counters, State
+from training.step import train_step
 from training.streaming import Batch
 
 RUNS = [(1, 5), (2, 5), (1, 3), (4, 3)]
@@ -123,7 +123,7 @@ def measure(
     run = make_run(case, world, folder, autocast)
     ranks = [World(rank, world.size) for rank in range(world.size)]
     counts = [len(range(count)[rank.stripe(count)]) for rank in ranks]
-    losses = loop._step(run, make_batch(run, count), counts)
+    losses = train_step(run, make_batch(run, count), counts)
     trained = [*run.state.model.named_parameters(), *run.networks.heads.named_parameters()]
     found = losses | {
         f"gradient of {name}": torch.zeros_like(p) if p.grad is None else p.grad

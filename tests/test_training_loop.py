@@ -289,7 +289,7 @@ def test_two_processes_do_not_train_into_one_directory(data: Path, tmp_path: Pat
 def test_a_missing_shard_stops_the_run_with_a_checkpoint_of_its_last_step(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = loop._step
+    real = loop.train_step
 
     def step(prepared: Any, *rest: Any) -> Any:
         if prepared.state.counters.step == 3:
@@ -299,7 +299,7 @@ def test_a_missing_shard_stops_the_run_with_a_checkpoint_of_its_last_step(
                 part.shards.close()
         return real(prepared, *rest)
 
-    monkeypatch.setattr(loop, "_step", step)
+    monkeypatch.setattr(loop, "train_step", step)
     with pytest.raises(DataError, match=r"^shard .*00000\d\.tar") as caught:
         run(config(data, tmp_path / "run"))
     assert "\n" not in str(caught.value)

@@ -31,6 +31,7 @@ from ranks import (
 from safetensors.torch import load_file
 from torch import Tensor
 
+import training.step
 from clipserve import albef
 from clipserve.config import Config, load_config
 from clipserve.errors import TrainingError
@@ -42,6 +43,7 @@ from training.momentum import FeatureQueue, Twin
 from training.networks import build
 from training.recipe import Run
 from training.state import State
+from training.step import train_step
 from training.streaming import Batch
 
 SCRIPT = Path(ranks.__file__)
@@ -155,7 +157,7 @@ def test_matching_is_skipped_and_counted_when_nothing_is_a_negative(
     run = make_run(Case(ALBEF, [CONTRASTIVE, MATCHING | {"negatives": negatives}]), ALONE, folder)
     batch = make_batch(run, 3)
     batch = replace(batch, groups=batch.groups * torch.tensor([0, 1, 1]))
-    losses = loop._step(run, batch, [3])
+    losses = train_step(run, batch, [3])
     assert losses["matching/skipped"] == 1
     assert losses["loss/matching"] == 0
     assert losses["loss"].item() == pytest.approx(0.7 * losses["loss/contrastive"].item())
@@ -180,7 +182,7 @@ def test_bf16_at_the_steepest_temperature_stays_finite(name: str, folder: Path) 
     run = make_run(CASES[name], ALONE, folder, autocast=True)
     with torch.no_grad():
         run.state.model.network.logit_scale.fill_(math.log(100))
-    losses = loop._step(run, make_batch(run, 5), [5])
+    losses = train_step(run, make_batch(run, 5), [5])
     assert all(value.isfinite() for value in losses.values()), losses
     named = [*run.state.model.named_parameters(), *run.networks.heads.named_parameters()]
     for key, parameter in named:
@@ -201,7 +203,7 @@ def test_three_steps_of_the_loop_equal_albef_restated() -> None:
         pictures = albef_step.KNOWN_PICTURES[step]
         batch, scripted = albef_batch(run, step, pictures)
         run.state.counters.step = step
-        losses = loop._step(run, batch, [albef_step.BATCH])
+        losses = train_step(run, batch, [albef_step.BATCH])
         expected = restated.step(scripted, albef_step.ALPHA * min(1, step / 2))
         terms = ("momentum_contrast", "matching", "masked_language")
         found = [losses[f"loss/{name}"].item() for name in terms]
@@ -411,12 +413,12 @@ def test_a_rank_that_dies_in_a_step_leaves_the_state_of_the_step_before(
         named = {f"{m}.{n}": t for m in modules for n, t in modules[m].state_dict().items()}
         return {name: tensor.clone() for name, tensor in named.items()}
 
-    loop._step(run, make_batch(run, 4), [4])
+    train_step(run, make_batch(run, 4), [4])
     before = content()
-    owner: Any = loop if place == "look" else World
+    owner: Any = training.step if place == "look" else World
     monkeypatch.setattr(owner, place, fail)
     with pytest.raises(TrainingError):
-        loop._step(run, make_batch(run, 4), [4])
+        train_step(run, make_batch(run, 4), [4])
     after = content()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
 

@@ -19,7 +19,7 @@ from training import loop
 
 
 def trace_steps(trace: Path, signals: dict[int, str]) -> None:
-    real = loop._step
+    real = loop.train_step
 
     def step(run: Any, batch: Any, counts: Any) -> Any:
         number = run.state.counters.step + 1
@@ -40,7 +40,7 @@ def trace_steps(trace: Path, signals: dict[int, str]) -> None:
             file.write(json.dumps(line) + "\n")
         return losses
 
-    loop._step = step
+    loop.train_step = step
 
 
 if __name__ == "__main__":

@@ -24,15 +24,13 @@ from training.clock import Clock
 from training.data import open_data
 from training.distributed import connect
 from training.evaluate.retrieval import evaluate_retrieval
-from training.forward import look, precision
-from training.momentum import alpha_ramp, ramped
-from training.optim import clamp_logit_scale, set_rates
+from training.optim import set_rates
 from training.recipe import Run, prepare
 from training.run_directory import RunDirectory
 from training.signals import Signals, StopWaiting, Wish, listening
 from training.state import seed_step
+from training.step import train_step
 from training.streaming import Batch
-from training.terms import compute
 from training.track import Tracker
 from training.vocabulary import find_or_build
 
@@ -153,7 +151,7 @@ def _loop(run: Run, directory: RunDirectory, tracker: Tracker, signals: Signals)
             run.frozen.hold(counters.step)
             seed_step(config.train.seed, counters.step, world.rank)
             try:
-                losses = _step(run, batch, turn.counts)
+                losses = train_step(run, batch, turn.counts)
             except TrainingError as error:  # a rank is gone; no weight was changed yet
                 _save_despite(error, save)
                 raise
@@ -287,60 +285,6 @@ def _save_despite(failure: Exception, save: Callable[[], None]) -> None:
         save()
     except (OSError, TrainingError) as error:
         failure.add_note(f"and no checkpoint could be written: {error}")
-
-
-def _step(run: Run, batch: Batch, counts: list[int]) -> dict[str, Tensor]:
-    """One optimizer step; returns the loss over the global batch, its terms, and reports.
-
-    Nothing that a checkpoint holds is changed before the ranks have told each other everything: a
-    rank that dies leaves the others at the end of the step before.
-    """
-    networks, state, world = run.networks, run.state, run.world
-    per_epoch = run.stream.order.batches_per_epoch
-    # ---- forward: features once, then each objective's share of the loss
-    with precision(run.device, run.autocast):
-        step = look(
-            networks,
-            batch,
-            counts,
-            world,
-            seed=run.config.train.seed,
-            step=state.counters.step,
-            ramp=alpha_ramp(run.config.objectives, state.counters.step, per_epoch),
-        )
-        shares = {
-            f"loss/{objective.name}": compute(objective, step)
-            for objective in run.config.objectives
-        }
-    weights = [objective.weight for objective in run.config.objectives]
-    total = sum(
-        (weight * share for weight, share in zip(weights, shares.values(), strict=True)),
-        start=torch.zeros((), device=run.device),
-    )
-
-    # ---- backward
-    state.optimizer.zero_grad(set_to_none=True)
-    total.backward()  # type: ignore[no-untyped-call]
-    world.sum_gradients(run.parameters)
-    numbers = {"loss": total, **shares, **step.reports}
-    summed = world.total(torch.stack([value.float() for value in numbers.values()]))
-
-    # ---- update
-    limit = run.config.optim.grad_clip
-    norm = torch.nn.utils.get_total_norm([p.grad for p in run.parameters if p.grad is not None])
-    if limit is not None:
-        torch.nn.utils.clip_grads_with_norm_(run.parameters, limit, norm)
-    state.optimizer.step()
-    clamp_logit_scale(state.model)
-
-    # ---- averages follow, and what this batch was compared with becomes old
-    if state.ema is not None:
-        state.ema.update(state.model.network, ramped(state.ema.momentum, state.counters.step))
-    if networks.twin is not None:
-        networks.twin.update(state.model.network)
-    if networks.queue is not None and step.momentum is not None:
-        networks.queue.push(step.momentum.image, step.momentum.text, step.groups)
-    return {**dict(zip(numbers, summed, strict=True)), "grad_norm": norm}
 
 
 def _evaluate(run: Run) -> dict[str, float]:

@@ -1,0 +1,65 @@
+"""One optimizer step: forward, the objectives, backward, update, and what follows the weights."""
+
+import torch
+from torch import Tensor
+
+from training.forward import look, precision
+from training.momentum import alpha_ramp, ramped
+from training.optim import clamp_logit_scale
+from training.recipe import Run
+from training.streaming import Batch
+from training.terms import compute
+
+
+def train_step(run: Run, batch: Batch, counts: list[int]) -> dict[str, Tensor]:
+    """One optimizer step; returns the loss over the global batch, its terms, and reports.
+
+    Nothing that a checkpoint holds is changed before the ranks have told each other everything: a
+    rank that dies leaves the others at the end of the step before.
+    """
+    networks, state, world = run.networks, run.state, run.world
+    per_epoch = run.stream.order.batches_per_epoch
+    # ---- forward: features once, then each objective's share of the loss
+    with precision(run.device, run.autocast):
+        step = look(
+            networks,
+            batch,
+            counts,
+            world,
+            seed=run.config.train.seed,
+            step=state.counters.step,
+            ramp=alpha_ramp(run.config.objectives, state.counters.step, per_epoch),
+        )
+        shares = {
+            f"loss/{objective.name}": compute(objective, step)
+            for objective in run.config.objectives
+        }
+    weights = [objective.weight for objective in run.config.objectives]
+    total = sum(
+        (weight * share for weight, share in zip(weights, shares.values(), strict=True)),
+        start=torch.zeros((), device=run.device),
+    )
+
+    # ---- backward
+    state.optimizer.zero_grad(set_to_none=True)
+    total.backward()  # type: ignore[no-untyped-call]
+    world.sum_gradients(run.parameters)
+    numbers = {"loss": total, **shares, **step.reports}
+    summed = world.total(torch.stack([value.float() for value in numbers.values()]))
+
+    # ---- update
+    limit = run.config.optim.grad_clip
+    norm = torch.nn.utils.get_total_norm([p.grad for p in run.parameters if p.grad is not None])
+    if limit is not None:
+        torch.nn.utils.clip_grads_with_norm_(run.parameters, limit, norm)
+    state.optimizer.step()
+    clamp_logit_scale(state.model)
+
+    # ---- averages follow, and what this batch was compared with becomes old
+    if state.ema is not None:
+        state.ema.update(state.model.network, ramped(state.ema.momentum, state.counters.step))
+    if networks.twin is not None:
+        networks.twin.update(state.model.network)
+    if networks.queue is not None and step.momentum is not None:
+        networks.queue.push(step.momentum.image, step.momentum.text, step.groups)
+    return {**dict(zip(numbers, summed, strict=True)), "grad_norm": norm}
