@@ -14,6 +14,7 @@ from fastapi.openapi.utils import get_openapi
 from starlette.middleware.cors import CORSMiddleware
 
 from clipserve import __version__
+from clipserve.checkpoint import read_description
 from clipserve.errors import ConfigError
 from index.collection import DATABASE
 from service.auth import Authenticate, Browsers, check_exposure
@@ -94,13 +95,16 @@ def serve(
 ) -> None:
     """Listen, load everything, answer until SIGTERM or SIGINT.
 
-    ConfigError if the port is taken or others could come in without a key (known before a model is
-    loaded), CheckpointError and IndexStoreError for what cannot be served.
+    ConfigError if the port is taken or others could come in without a key, CheckpointError if a
+    path is no model directory: known before anything is loaded. CheckpointError and IndexStoreError
+    for what cannot be served.
     """
     if not model_paths:
         raise ConfigError("no model is given; name at least one model directory")
     check_exposure(settings)
     with listen(settings.host, settings.port) as listener:
+        for path in model_paths:
+            read_description(path)
         registry = Registry(settings)
         tracing = start_tracing() if wants_tracing() else None
         registry.telemetry.tracing = tracing

@@ -89,7 +89,6 @@ def test_pack_lists_bad_rows_and_ends_by_their_fraction(run: Run, captioned: Any
         (["classify", "nowhere", "x.png", "--labels", "a"], "x.png does not exist"),
         (["search", "nowhere", "words"], "--model MODEL is required"),
         (["search", "nowhere", "words", "--model", "m"], "nowhere"),
-        (["serve", "nowhere", "--port", "0"], "nowhere"),
         (["index", "info", "nowhere"], "nowhere"),
         (["pack", "t.csv", "t.csv/sub"], "t.csv"),
         (["train", "runs/lr=3/c.toml"], "runs/lr=3/c.toml does not exist"),
@@ -111,6 +110,7 @@ def test_a_users_mistake_is_one_line_and_code_two(
             "source nowhere does not exist",
         ),
         (["demo", "--out", "."], "holds something else"),
+        (["serve", "nowhere", "--port", "0"], "nowhere is not a model directory"),
         (["frobnicate"], "frobnicate"),
     ],
 )
