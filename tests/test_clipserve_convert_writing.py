@@ -1,5 +1,7 @@
+import errno
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,16 @@ from transplants import (
 )
 
 from clipserve import checkpoint
-from clipserve.convert import export_model, import_model
+from clipserve.convert import export_checkpoint, export_model, import_model
 from clipserve.convert.writing import Form
 from clipserve.errors import CheckpointError, ConfigError
 from clipserve.model import Model, create
 
-TEXTS = ["A photo of a cat", "two dogs, in the rain!", "red leather shoes"]
+TEXTS = [
+    "A photo of a cat",
+    "two dogs, in the rain!",
+    "a dog\u2019s \u201cred\u201d &amp; \ufb01ne\uff0c \uff21 shoes\x07",
+]
 PICTURES = [
     encode(make_picture(*size), form)
     for size, form in (
@@ -112,7 +118,8 @@ def test_a_model_goes_to_open_clip_and_back(
     folder = saved(model, tmp_path / "model")
     proof, notes = export_model(folder, tmp_path / "out", "open_clip")
     assert min(proof) >= 0.99999
-    assert notes == []
+    assert len(notes) == 1
+    assert "decoded at a fraction of their size" in notes[0]
     import_model(tmp_path / "out", tmp_path / "back")
     assert_same_model(folder, tmp_path / "back")
 
@@ -206,7 +213,7 @@ def test_a_copy_that_embeds_otherwise_is_removed(
 
     folder = saved(clip(), tmp_path / "model")
     monkeypatch.setattr(transformers_writing, "_activation", lambda layer: "relu")
-    with pytest.raises(CheckpointError, match=r"is removed: least cosine: pictures 0\."):
+    with pytest.raises(CheckpointError, match=r"is removed: pictures, least cosine 0\."):
         export_model(folder, tmp_path / "out", "transformers")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
@@ -218,6 +225,28 @@ def test_nothing_that_is_there_is_written_over(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is there already"):
         export_model(folder, tmp_path / "out", "open_clip")
     assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
+
+
+def test_no_space_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from albefs import tiny_albef
+
+    folder = saved(tiny_albef(tmp_path / "words"), tmp_path / "model")
+    out = tmp_path / "new" / "albef.pth"
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        export_checkpoint(folder, out)
+    assert list(out.parent.iterdir()) == []
+
+
+def test_a_file_that_is_there_is_not_written_over(tmp_path: Path) -> None:
+    (tmp_path / "albef.pth").write_text("mine")
+    with pytest.raises(ConfigError, match="is there already"):
+        export_checkpoint(tmp_path / "model", tmp_path / "albef.pth")
+    assert (tmp_path / "albef.pth").read_text() == "mine"
 
 
 def test_pictures_that_are_cut_otherwise_are_said(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ Legend: E embedding, K queue length, G patches along a side, D width.
 """
 
 import math
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -19,8 +18,9 @@ from torch import Tensor
 
 from clipserve import checkpoint
 from clipserve.albef import Albef, TimmTower
+from clipserve.convert.found import refuse_existing
 from clipserve.errors import CheckpointError, ConfigError
-from clipserve.files import sync
+from clipserve.files import new_file
 from clipserve.images import ImageTransform
 from clipserve.model import Model, ModelInfo, assemble
 from clipserve.text import Tokenizer
@@ -79,10 +79,11 @@ def export_checkpoint(source: Path, out: Path, kind: Literal["albef"] = "albef")
     `source` is a checkpoint of one that had them; else those that the model was imported with; else
     the weights themselves. The queue comes with the copies. One of a run is left out while it is
     not full, which ALBEF's cannot say; and so are the numbers of its pictures, which mean nothing
-    beside other data. Raises ConfigError for a model that the layout cannot hold, CheckpointError
-    for a damaged directory.
+    beside other data. Raises ConfigError for a model that the layout cannot hold and for a file
+    that is there, CheckpointError for a damaged directory.
     """
     _check_kind(kind)
+    refuse_existing(out)
     model = checkpoint.load_for_training(source)
     weights = model.network.state_dict()
     momentum = _read_run(source / "state", weights.keys()) or checkpoint.load_momentum(source)
@@ -148,14 +149,9 @@ def write_albef(model: Model, momentum: Mapping[str, Tensor] | None, file: Path)
             for ours, theirs in _QUEUE.items()
             if ours in momentum
         }
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        torch.save({"model": tensors}, temporary)
-        sync(temporary)
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync(file.parent)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with new_file(file) as stream:
+        torch.save({"model": tensors}, stream)
 
 
 def _check_kind(kind: str) -> None:

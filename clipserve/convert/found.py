@@ -1,4 +1,4 @@
-"""What a reader hands over: somebody else's model before it is made one of ours."""
+"""What a reader hands over, before it is made one of our models; and where that may go."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from clipserve.errors import ConfigError
 from clipserve.images import ImageTransform
 from clipserve.model import ModelInfo
 
@@ -23,3 +24,9 @@ class Found:
     info: ModelInfo
     notes: list[str] = field(default_factory=list)
     """what is not as it was there, a line each"""
+
+
+def refuse_existing(out: Path) -> None:
+    """ConfigError if there is a file, or a directory that holds something."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} is there already; choose a new name")

@@ -10,6 +10,7 @@ B is any number, T always the context length. Fusion layers and decoders stay be
 
 import importlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -97,10 +98,23 @@ def _prove(model: Model, folder: Path) -> Proof:
         pixels = transform.normalize(torch.from_numpy(resized)).numpy()
         return np.asarray(image.run(None, {"pixels": pixels})[0])
 
+    tokenize = _written_tokenizer(model, folder / "tokenizer")
+
     def texts(captions: list[str]) -> np.ndarray:
-        return np.asarray(text.run(None, {"ids": model.tokenizer(captions).ids.numpy()})[0])
+        return np.asarray(text.run(None, {"ids": tokenize(captions)})[0])
 
     return prove(model, images, texts)
+
+
+def _written_tokenizer(model: Model, folder: Path) -> Callable[[list[str]], np.ndarray]:
+    """(N, T) ids by the files that were written; a vocabulary alone is read by our own code."""
+    if model.architecture["text_cfg"].get("tokenizer") == "wordpiece":
+        return lambda captions: np.asarray(model.tokenizer(captions).ids.numpy())
+    from transformers import AutoTokenizer
+
+    words = AutoTokenizer.from_pretrained(str(folder))
+    options = {"padding": "max_length", "truncation": True, "return_tensors": "np"}
+    return lambda captions: np.asarray(words(captions, **options)["input_ids"])
 
 
 def _session(file: Path) -> Any:

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from clipserve.convert.open_clip_files import CONFIG
-from clipserve.convert.proof import Proof, prove
+from clipserve.convert.proof import Proof, large_jpeg, prove, prove_others
 from clipserve.errors import ConfigError
 from clipserve.files import save_tensors
 from clipserve.model import Model
@@ -25,10 +25,10 @@ def write_open_clip(model: Model, folder: Path) -> tuple[Proof, list[str]]:
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     save_tensors(model.network.state_dict(), folder / _WEIGHTS, metadata={"format": "pt"})
     model.tokenizer.save(folder)
-    return _prove(model, folder), []
+    return _prove(model, folder)
 
 
-def _prove(model: Model, folder: Path) -> Proof:
+def _prove(model: Model, folder: Path) -> tuple[Proof, list[str]]:
     import open_clip
 
     name = f"local-dir:{folder}"
@@ -44,4 +44,5 @@ def _prove(model: Model, folder: Path) -> Proof:
     def texts(captions: list[str]) -> np.ndarray:
         return np.asarray(theirs.encode_text(tokenize(captions)).numpy())
 
-    return prove(model, images, texts)
+    others = [large_jpeg(model.transform.size[0])]
+    return prove(model, images, texts), prove_others(model, images, others)

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from clipserve.convert.names import clip_moves, siglip_moves, to_theirs
-from clipserve.convert.proof import Proof, least_cosine, prove, shifted_picture
+from clipserve.convert.proof import Proof, large_jpeg, prove, prove_others, shifted_picture
 from clipserve.convert.tokenizers_writing import UNREPAIRED, to_transformers
 from clipserve.errors import ConfigError
 from clipserve.model import Model
@@ -48,14 +47,8 @@ def write_transformers(model: Model, folder: Path) -> tuple[Proof, list[str]]:
     with _no_progress_bars():
         _network(model, kind, tokenizer).save_pretrained(str(folder))
         _processor(model, kind, tokenizer).save_pretrained(str(folder))
-        proof, shifted = _prove(model, kind, folder)
-    notes = [UNREPAIRED]
-    if model.transform.resize_mode == "shortest":
-        notes.append(
-            "pictures of which 3, 7, 11, ... pixels are cut off: theirs are cut one pixel beside"
-            f" ours; cosine {shifted:.5f} of one"
-        )
-    return proof, notes
+        proof, notes = _prove(model, kind, folder)
+    return proof, [UNREPAIRED, *notes]
 
 
 def _refuse(model: Model, kind: str) -> None:
@@ -210,8 +203,8 @@ def _processor(model: Model, kind: str, tokenizer: Any) -> Any:
     return whole(image_processor=images, tokenizer=tokenizer)
 
 
-def _prove(model: Model, kind: str, folder: Path) -> tuple[Proof, float]:
-    """The proof, and the cosine of a picture that theirs cuts otherwise."""
+def _prove(model: Model, kind: str, folder: Path) -> tuple[Proof, list[str]]:
+    """The proof, and a line for each kind of picture that is prepared otherwise there."""
     from transformers import AutoModel, AutoProcessor
 
     theirs = AutoModel.from_pretrained(str(folder)).eval()
@@ -227,10 +220,11 @@ def _prove(model: Model, kind: str, folder: Path) -> tuple[Proof, float]:
         inputs = processor(text=captions, **options)
         return np.asarray(theirs.get_text_features(**inputs).pooler_output.numpy())
 
-    proof = prove(model, images, texts)
-    with torch.inference_mode():
-        shifted = [shifted_picture(model.transform.size[0])]
-        return proof, least_cosine(model.embed_images(shifted), images(shifted))
+    side = model.transform.size[0]
+    others = [large_jpeg(side)]
+    if model.transform.resize_mode == "shortest":
+        others.append(shifted_picture(side))
+    return prove(model, images, texts), prove_others(model, images, others)
 
 
 @contextlib.contextmanager

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from clipserve import checkpoint
+from clipserve.convert.found import refuse_existing
 from clipserve.convert.proof import Proof
-from clipserve.errors import ConfigError
 from clipserve.files import new_directory
 from clipserve.model import Model
 
@@ -23,8 +23,7 @@ def export_model(source: Path, out: Path, form: Form) -> tuple[Proof, list[str]]
     ConfigError, naming what has no counterpart, and CheckpointError if the copy embeds otherwise;
     then nothing is left.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} is there already; choose a new directory")
+    refuse_existing(out)
     model = checkpoint.load_for_training(source)
     write = _writer(form)
     with new_directory(out.absolute(), replace=False) as folder:
