@@ -64,8 +64,9 @@ def build_network(architecture: dict[str, Any]) -> nn.Module:
             return _build_coca(config)
         model = _open_clip_model_module(plain=is_plain(architecture))
         network = (model.CustomTextCLIP if custom else model.CLIP)(**config)
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        raise ConfigError(f"open_clip cannot build model.architecture: {error}") from error
+    except (TypeError, ValueError, AssertionError, RuntimeError, OSError) as error:
+        first = str(error).strip().partition("\n")[0]
+        raise ConfigError(f"open_clip cannot build model.architecture: {first}") from error
     assert isinstance(network, nn.Module)
     return network
 

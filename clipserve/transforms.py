@@ -23,6 +23,12 @@ THUMBNAIL_SIDE = 256
 """most pixels of a thumbnail's longer side; a picture decoded for a network serves for it too"""
 
 
+_CHOICES = {
+    "interpolation": ("bicubic", "bilinear"),
+    "resize_mode": ("shortest", "longest", "squash"),
+}
+
+
 class Decoded(NamedTuple):
     """An upright RGB picture, maybe decoded at a fraction of its size."""
 
@@ -62,9 +68,26 @@ class ImageTransform:
         if known.get("interpolation") == "random":  # open_clip: bicubic at inference
             known["interpolation"] = "bicubic"
         try:
-            return cls(**known)
+            transform = cls(**known)
         except TypeError as error:
             raise ConfigError(f"preprocess_cfg: {error}") from None
+        transform._check()
+        return transform
+
+    def _check(self) -> None:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ConfigError(
+                    f"preprocess_cfg.{name} = {getattr(self, name)!r}; known: {', '.join(choices)}"
+                )
+        for name, kind, count in (
+            ("size", int, 2),
+            ("mean", int | float, 3),
+            ("std", int | float, 3),
+        ):
+            values = getattr(self, name)
+            if len(values) != count or not all(isinstance(value, kind) for value in values):
+                raise ConfigError(f"preprocess_cfg.{name} = {values!r}; {count} numbers are wanted")
 
     def to_open_clip(self) -> dict[str, Any]:
         """As a `preprocess_cfg` table of open_clip."""

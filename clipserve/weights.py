@@ -55,6 +55,16 @@ _TOKEN_HEAD = {
 }
 
 
+_READING_ERRORS = (
+    OSError,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+)
+"""what torch.load raises on files that hold something else"""
 _PROJECTIONS = {"proj", "projection.weight", "projection.bias"}
 """of open_clip's ViT and of ours: they lead to E, which differs from model to model"""
 
@@ -197,8 +207,13 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     else:
         try:
             content = torch.load(file, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            first = str(error).strip().splitlines()[0]
+        except pickle.UnpicklingError:  # whose message advises to trust the file
+            raise CheckpointError(
+                f"{file} cannot be read as a file of weights: it is damaged, or holds other objects"
+                " than tensors, which are not loaded, since that can execute code"
+            ) from None
+        except _READING_ERRORS as error:
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise CheckpointError(f"{file} cannot be read as a file of weights: {first}") from None
         for key in ("model", "state_dict"):
             if isinstance(content, dict) and isinstance(content.get(key), dict):

@@ -66,3 +66,20 @@ def test_sizes_that_no_table_can_have_are_refused(architecture: dict[str, Any]) 
     with pytest.raises(ConfigError, match="context of an ALBEF cannot"):
         change_sizes(architecture | {"fusion_cfg": {}}, 64, None)
     assert change_sizes(architecture, 16, 32) == architecture
+
+
+@pytest.mark.parametrize("image_size", [64, 128])
+def test_image_positions_are_interpolated_as_open_clip_does(
+    architecture: dict[str, Any], image_size: int
+) -> None:
+    from open_clip.model import resize_pos_embed
+
+    larger = change_sizes(architecture, None, 96)
+    before = create(larger).network.state_dict()
+    network = create(change_sizes(architecture, None, image_size)).network
+    ours, theirs = dict(before), dict(before)
+    fit_positions(ours, network.state_dict(), {})
+    resize_pos_embed(theirs, network)
+    name = "visual.positional_embedding"
+    assert torch.allclose(ours[name], theirs[name], atol=1e-6)
+    assert ours[name].shape != before[name].shape

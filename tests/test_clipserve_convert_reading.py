@@ -137,6 +137,14 @@ def test_weights_in_several_files_are_read(clip: Model, tmp_path: Path) -> None:
         ("config.json", {"model_type": "blip"}, "of type 'blip'; clip and siglip can be read"),
         ("processor_config.json", {"image_processor": {"do_resize": False}}, "has do_resize off"),
         ("processor_config.json", {"image_processor": {"resample": 0}}, "no bicubic or bilinear"),
+        ("processor_config.json", {"image_processor": {"rescale_factor": 1.0}}, "is not 1/255"),
+        (
+            "processor_config.json",
+            {"image_processor": {"size": {"shortest_edge": 40}}},
+            "to 32 only",
+        ),
+        ("processor_config.json", {"image_processor": {"crop_size": 20}}, "cuts 20"),
+        ("processor_config.json", {"image_processor": {"size": None}}, "resizes to None"),
     ],
 )
 def test_what_cannot_be_read_is_named(
@@ -144,7 +152,9 @@ def test_what_cannot_be_read_is_named(
 ) -> None:
     folder = transformers_clip(tmp_path, clip)
     content = json.loads((folder / file).read_text())
-    (folder / file).write_text(json.dumps(content | change))
+    for key, value in change.items():
+        content[key] = content[key] | value if isinstance(value, dict) else value
+    (folder / file).write_text(json.dumps(content))
     with pytest.raises(ConfigError, match=message):
         read_model(folder)
 
@@ -207,3 +217,98 @@ def test_an_architecture_beside_a_directory_is_refused(clip: Model, tmp_path: Pa
     checkpoint.save(clip, tmp_path / "model", name="clip")
     with pytest.raises(ConfigError, match="leave 'ViT-B-32' out"):
         read_model(tmp_path / "model", architecture="ViT-B-32")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"model_type": "clip", "vision_config": {"hidden_size": "wide"}},
+        {"model_type": "clip", "vision_config": 3},
+    ],
+)
+def test_a_config_of_transformers_that_makes_no_sense_is_named(
+    content: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=r"config\.json is no clip's: [^\n]+$"):
+        read_model(tmp_path)
+
+
+@pytest.mark.parametrize("model_cfg", [{}, [], {"vision_cfg": {}, "text_cfg": 3}])
+def test_a_config_of_open_clip_that_makes_no_sense_is_named(model_cfg: Any, tmp_path: Path) -> None:
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": model_cfg}))
+    with pytest.raises(CheckpointError, match="no configuration of open_clip's"):
+        read_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change", [{"resize_mode": "zoom"}, {"interpolation": "nearest"}, {"mean": [1]}, {"size": "x"}]
+)
+def test_a_preparation_that_is_not_known_is_refused(
+    change: dict[str, Any], clip: Model, tmp_path: Path
+) -> None:
+    config = {"model_cfg": clip.architecture, "preprocess_cfg": change}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    save_file(clip.network.state_dict(), tmp_path / "open_clip_model.safetensors")
+    with pytest.raises(ConfigError, match=rf"preprocess_cfg\.{next(iter(change))}"):
+        read_model(tmp_path)
+
+
+def test_an_index_of_weights_without_files_is_named(clip: Model, tmp_path: Path) -> None:
+    folder = transformers_clip(tmp_path, clip)
+    (folder / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="names no files of weights"):
+        read_model(folder)
+
+
+def test_files_of_something_else_are_refused_without_advice_to_trust_them(
+    named: str, tmp_path: Path
+) -> None:
+    (tmp_path / "text.pt").write_text("hello")
+    torch.save({"a": Path("x")}, tmp_path / "pickle.pt")
+    for name in ("text.pt", "pickle.pt"):
+        with pytest.raises(CheckpointError, match=name) as caught:
+            read_model(tmp_path / name, architecture=named)
+        assert "weights_only" not in str(caught.value)
+
+
+def test_weights_that_are_not_finite_are_named(clip: Model, named: str, tmp_path: Path) -> None:
+    weights = clip.network.state_dict() | {"logit_scale": torch.tensor(float("nan"))}
+    save_file(weights, tmp_path / "clip.safetensors")
+    with pytest.raises(CheckpointError, match="logit_scale holds values that are not finite"):
+        read_model(tmp_path / "clip.safetensors", architecture=named)
+
+
+def test_what_is_there_is_not_replaced_by_an_import(clip: Model, tmp_path: Path) -> None:
+    checkpoint.save(clip, tmp_path / "model", name="clip")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="is there already"):
+        import_model(tmp_path / "model", tmp_path / "out")
+    assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
+
+
+def test_a_name_of_a_hub_is_not_looked_up(
+    clip: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    seen = []
+
+    def build(table: dict[str, Any]) -> Any:
+        seen.append(constants.HF_HUB_OFFLINE)
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("clipserve.convert.reading.build_network", build)
+    checkpoint.save(clip, tmp_path / "model", name="clip")
+    with pytest.raises(ConfigError, match="enough"):
+        read_model(tmp_path / "model")
+    assert seen == [True]
+    assert constants.HF_HUB_OFFLINE is False
+
+
+def test_an_image_smaller_than_a_patch_is_refused(clip: Model, tmp_path: Path) -> None:
+    checkpoint.save(clip, tmp_path / "model", name="clip")
+    with pytest.raises(ConfigError, match="less than one patch of 8"):
+        read_model(tmp_path / "model", image_size=7)

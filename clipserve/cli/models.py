@@ -50,7 +50,7 @@ def import_model(
     source: Annotated[
         Path, typer.Argument(help="Directory of open_clip, transformers or clipserve; or a file.")
     ],
-    out: Annotated[Path, typer.Argument(help="Model directory to write.")],
+    out: Annotated[Path, typer.Argument(help="New model directory.")],
     architecture: Annotated[
         str | None, typer.Option(help="Of a file of weights: open_clip's name, as ViT-B-32.")
     ] = None,
@@ -86,7 +86,8 @@ def export_model(
     model: ModelDir,
     out: Annotated[Path, typer.Argument(help="New directory; of albef a file.")],
     to: Annotated[
-        str, typer.Option("--to", "--format", help="albef, open_clip, transformers or onnx.")
+        str,
+        typer.Option("--to", "--format", help="open_clip, transformers, onnx, or albef: one file."),
     ] = "albef",
 ) -> None:
     """Write a model directory as others read it, and hold what was written against it."""

@@ -44,6 +44,9 @@ def change_sizes(
         if "multimodal_cfg" in changed:
             changed["multimodal_cfg"]["context_length"] = context_length
     own_size = table["vision_cfg"].get("image_size", 224)
+    patch = table["vision_cfg"].get("patch_size", 16)
+    if image_size is not None and isinstance(patch, int) and image_size < patch:
+        raise ConfigError(f"an image size of {image_size} is less than one patch of {patch}")
     if image_size is not None and image_size != own_size:
         changed["vision_cfg"]["image_size"] = image_size
         if "timm_model_name" in table["vision_cfg"] and "fusion_cfg" not in table:

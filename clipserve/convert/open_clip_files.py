@@ -35,9 +35,12 @@ def read_directory(directory: Path, tokenizer: Path | None = None) -> Found:
     file = directory / CONFIG
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-        table, preprocess = config["model_cfg"], config.get("preprocess_cfg", {})
+        table, preprocess = config["model_cfg"], config.get("preprocess_cfg") or {}
+        tables = [table, preprocess, table["vision_cfg"], table["text_cfg"]]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{file} is no configuration of open_clip's: {error}") from None
+    if not all(isinstance(part, dict) for part in tables):
+        raise CheckpointError(f"{file} is no configuration of open_clip's: a part is no table")
     weights = next((directory / n for n in _WEIGHTS if (directory / n).is_file()), None)
     if weights is None:
         raise CheckpointError(f"{directory} holds none of {', '.join(_WEIGHTS)}")

@@ -11,7 +11,9 @@ Start at `read_model`. It takes
 and can change the text context and the image size on the way.
 """
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from clipserve import checkpoint
 from clipserve.convert.albef import import_checkpoint, read_albef
 from clipserve.convert.archives import is_archive
 from clipserve.convert.fitting import change_sizes, fit_positions
-from clipserve.convert.found import Found
+from clipserve.convert.found import Found, refuse_existing
 from clipserve.convert.open_clip_files import CONFIG, read_directory, read_weights
 from clipserve.errors import CheckpointError, ConfigError
 from clipserve.model import Model, assemble
@@ -37,6 +39,19 @@ class Read:
     notes: list[str] = field(default_factory=list)
 
 
+@contextlib.contextmanager
+def _no_downloads() -> Iterator[None]:
+    """A configuration may name a model of a hub; what lies in its cache may be read."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
 def import_model(
     source: Path,
     out: Path,
@@ -47,7 +62,9 @@ def import_model(
     image_size: int | None = None,
 ) -> tuple[str, list[str]]:
     """Write a model directory of somebody else's model; returns its fingerprint, and a line for
-    each change that was made. Arguments as of `read_model`; an ALBEF keeps its momentum weights."""
+    each change that was made. Arguments as of `read_model`; an ALBEF keeps its momentum weights.
+    Raises ConfigError if `out` holds something."""
+    refuse_existing(out)
     if source.is_file() and is_albef(source):
         _refuse_albef_options(architecture, context_length)
         return import_checkpoint(source, out, "albef", image_size, tokenizer), []
@@ -65,6 +82,7 @@ def import_model(
     return fingerprint, read.notes
 
 
+@_no_downloads()
 def read_model(
     source: Path,
     *,
@@ -87,6 +105,7 @@ def read_model(
     return _build(found, change_sizes(found.architecture, context_length, image_size), source)
 
 
+@_no_downloads()
 def read_pretrained(source: str, architecture: str | dict[str, Any] | None) -> Read:
     """What the settings name as model.pretrained, with model.architecture as it is set there.
 
@@ -186,6 +205,8 @@ def _build(found: Found, table: dict[str, Any], source: Path) -> Read:
                 f"{source}: {name} is {tuple(tensor.shape)}, of the architecture"
                 f" {tuple(own[name].shape)}; name the one that it was trained with"
             )
+        if not tensor.isfinite().all():
+            raise CheckpointError(f"{source}: {name} holds values that are not finite")
     network.load_state_dict(tensors)
     transform = found.transform
     if transform is not None:

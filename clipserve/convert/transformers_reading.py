@@ -19,6 +19,7 @@ _EPS = 1e-5
 """of open_clip's layer norms, unless the table says otherwise"""
 _INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}
 """Pillow's numbers"""
+_RESCALE = 1 / 255
 _PROBES = ["a photo of a cat", "Two dogs, 3 birds & a fish's pond!", "na\u00efve caf\u00e9"]
 
 SIGLIP_TOWERS = {
@@ -63,6 +64,7 @@ def read_transformers(directory: Path, tokenizer: Path | None = None) -> Found:
 
 
 def _read_config(directory: Path) -> Any:
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import CLIPConfig, SiglipConfig
 
     content = _read_json(directory / "config.json")
@@ -72,7 +74,11 @@ def _read_config(directory: Path) -> Any:
         raise ConfigError(
             f"{directory} holds a transformers model of type {kind!r}; clip and siglip can be read"
         )
-    return kinds[kind].from_dict(content)
+    try:
+        return kinds[kind].from_dict(content)
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{directory / 'config.json'} is no {kind}'s: {reason}") from None
 
 
 def _text_layers(config: Any) -> int:
@@ -177,6 +183,8 @@ def _check_clip_tokenizer(folder: Path) -> None:
     """ConfigError unless it is CLIP's own, which a model directory does not hold."""
     from transformers import AutoTokenizer
 
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is no folder of a tokenizer")
     try:
         theirs = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -196,7 +204,7 @@ def _read_weights(directory: Path, table: dict[str, Any], moves: list[Move]) -> 
     files = [directory / name for name in ("model.safetensors", "pytorch_model.bin")]
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        names = set(_read_json(index)["weight_map"].values())
+        names = _named_files(index)
         files = [directory / Path(name).name for name in sorted(names)]
     else:
         files = [file for file in files if file.is_file()][:1]
@@ -212,6 +220,13 @@ def _read_weights(directory: Path, table: dict[str, Any], moves: list[Move]) -> 
         raise CheckpointError(f"{directory}: weights do not fit config.json: {error}") from None
 
 
+def _named_files(index: Path) -> set[str]:
+    found = _read_json(index).get("weight_map")
+    if not isinstance(found, dict) or not found:
+        raise CheckpointError(f"{index} names no files of weights")
+    return {str(name) for name in found.values()}
+
+
 def _read_transform(directory: Path, image_size: int) -> ImageTransform:
     """Of processor_config.json, as transformers 5 writes it, or preprocessor_config.json."""
     whole = directory / "processor_config.json"
@@ -225,20 +240,25 @@ def _read_transform(directory: Path, image_size: int) -> ImageTransform:
     interpolation = _INTERPOLATIONS.get(found.get("resample", 3))
     if interpolation is None:
         raise ConfigError(f"resample {found['resample']} of {directory} is no bicubic or bilinear")
-    size = found.get("size", image_size)
-    crops = found.get("do_center_crop", False)
-    is_short = isinstance(size, int) or set(size) == {"shortest_edge"}
-    if not (is_short and crops) and not (
-        isinstance(size, dict) and {"height", "width"} <= set(size)
-    ):
+    if abs(found.get("rescale_factor", _RESCALE) - _RESCALE) > 1e-9:
+        raise ConfigError(f"rescale_factor {found['rescale_factor']} of {directory} is not 1/255")
+    size, crops = found.get("size", image_size), found.get("do_center_crop", False)
+    sides = {"shortest_edge": size} if isinstance(size, int) else size
+    is_short = crops and isinstance(sides, dict) and sides.keys() == {"shortest_edge"}
+    is_squashed = isinstance(sides, dict) and sides.keys() == {"height", "width"}
+    crop = found.get("crop_size", image_size) if crops else image_size
+    cut = {"edge": crop} if isinstance(crop, int) else crop
+    fits = is_short or is_squashed
+    if not fits or {*sides.values(), *cut.values()} != {image_size}:
         raise ConfigError(
-            f"the image processor of {directory} resizes to {size}, cropping: {crops}"
+            f"the image processor of {directory} resizes to {size} and cuts {crop if crops else 0};"
+            f" ours can do both to {image_size} only, the network's input"
         )
     return ImageTransform.from_open_clip(
         {
             "size": image_size,
-            "mean": found["image_mean"],
-            "std": found["image_std"],
+            "mean": found.get("image_mean", ()),
+            "std": found.get("image_std", ()),
             "interpolation": interpolation,
             "resize_mode": "shortest" if is_short else "squash",
         }
