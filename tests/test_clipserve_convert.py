@@ -1,6 +1,8 @@
 """Checkpoints in the published layout are made here from the shapes in the public repository:
 salesforce/ALBEF, models/model_pretrain.py, model_retrieval.py, vit.py and xbert.py."""
 
+import errno
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -493,3 +495,18 @@ def test_another_input_size_interpolates_both_position_tables(words: Path, tmp_p
     same, _ = read_albef(file, words, image_size=32)
     table = same.network.visual.trunk.pos_embed
     assert torch.equal(table, tensors["visual_encoder.pos_embed"])
+
+
+def test_no_space_leaves_nothing(
+    words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, momentum = read_albef(write(published(), tmp_path / "in.pth"), words)
+    out = tmp_path / "new" / "albef.pth"
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_albef(model, momentum, out)
+    assert list(out.parent.iterdir()) == []

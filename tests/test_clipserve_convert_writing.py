@@ -1,7 +1,5 @@
-import errno
 import io
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -225,21 +223,6 @@ def test_nothing_that_is_there_is_written_over(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is there already"):
         export_model(folder, tmp_path / "out", "open_clip")
     assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
-
-
-def test_no_space_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from albefs import tiny_albef
-
-    folder = saved(tiny_albef(tmp_path / "words"), tmp_path / "model")
-    out = tmp_path / "new" / "albef.pth"
-
-    def full(descriptor: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        export_checkpoint(folder, out)
-    assert list(out.parent.iterdir()) == []
 
 
 def test_a_file_that_is_there_is_not_written_over(tmp_path: Path) -> None:
