@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from clipserve.bert import Layer, TextEncoder, TokenHead, initialise, visible
+from clipserve.bert import Layer, Layers, TextEncoder, TokenHead, initialise, visible
 from clipserve.errors import ConfigError
 from clipserve.towers import build_image_tower
 
@@ -160,7 +160,7 @@ class Albef(nn.Module):
             **text.layer,
         )
         self.text_projection = nn.Linear(text.width, embed_dim)
-        self.fusion = nn.ModuleList(
+        self.fusion = Layers(
             Layer(image_width=image_width, **text.layer) for _ in range(fusion.layers)
         )
         self.matching_head = nn.Linear(text.width, 2)
@@ -193,9 +193,7 @@ class Albef(nn.Module):
 
         ids (B, T) tell padding, as in `encode_text_states`; masked ones do so as well.
         """
-        x, mask = text_states, visible(ids)
-        for layer in self.fusion:
-            x = layer(x, mask, image_states)
+        x: Tensor = self.fusion(text_states, visible(ids), image_states)
         return x
 
     def matching_logits(self, fused: Tensor) -> Tensor:
@@ -212,6 +210,13 @@ class Albef(nn.Module):
             )
         logits: Tensor = self.token_head(states, self.text.embeddings.words.weight)
         return logits
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep less for backward and compute it again, as open_clip's networks do."""
+        visual: Any = self.visual
+        visual.set_grad_checkpointing(enable)
+        for layers in (self.text.layers, self.fusion):
+            layers.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
         """Position and class embeddings, as open_clip's towers declare theirs."""
@@ -232,6 +237,9 @@ class TimmTower(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """Features (B, E)."""
         return image_states(self, pixels)[1]
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.trunk.set_grad_checkpointing(enable)
 
     def no_weight_decay(self) -> set[str]:
         return {f"trunk.{name}" for name in self.trunk.no_weight_decay()}

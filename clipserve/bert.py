@@ -8,11 +8,14 @@ BERT does; without cross-attention they compute what `transformers.BertModel` co
 Legend: B batch, T text tokens, D width, S tokens attended to, V vocabulary, H heads.
 """
 
+import contextlib
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 PAD_ID = 0
 """the token that fills a short text up; never attended to"""
@@ -35,16 +38,11 @@ class TextEncoder(nn.Module):
     ) -> None:
         super().__init__()
         self.embeddings = Embeddings(vocab_size, positions, width, dropout)
-        self.layers = nn.ModuleList(
-            Layer(width, heads, intermediate, dropout) for _ in range(layers)
-        )
+        self.layers = Layers(Layer(width, heads, intermediate, dropout) for _ in range(layers))
 
     def forward(self, ids: Tensor) -> Tensor:
         """States (B, T, D) of ids (B, T); padding is not attended to."""
-        x: Tensor = self.embeddings(ids)
-        mask = visible(ids)
-        for layer in self.layers:
-            x = layer(x, mask)
+        x: Tensor = self.layers(self.embeddings(ids), visible(ids))
         return x
 
 
@@ -96,6 +94,21 @@ class Layer(nn.Module):
         return x
 
 
+class Layers(nn.ModuleList):
+    """One after another; with `grad_checkpointing` only what is between them stays for backward."""
+
+    grad_checkpointing = False
+
+    def forward(self, x: Tensor, mask: Tensor, image_states: Tensor | None = None) -> Tensor:
+        """(B, T, D) -> (B, T, D), as each `Layer`."""
+        for layer in self:
+            if self.grad_checkpointing:
+                x = checkpoint(layer, x, mask, image_states, use_reentrant=False)
+            else:
+                x = layer(x, mask, image_states)
+        return x
+
+
 class Attention(nn.Module):
     """What x finds in `source`, added to x and normalised."""
 
@@ -122,7 +135,9 @@ class Attention(nn.Module):
             for part in (self.query(rows), self.key(source), self.value(source))
         )
         rate = self.dropout.p if self.training else 0.0
-        found = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=rate)
+        # Fused kernels draw their dropout from a place in memory, not from a row of the batch.
+        with sdpa_kernel(SDPBackend.MATH) if rate else contextlib.nullcontext():
+            found = F.scaled_dot_product_attention(query, key, value, mask, rate)
         found = found.transpose(1, 2).reshape(x.shape)  # (B, T, D)
         x = self.norm(x + self.dropout(self.output(found)))
         return x

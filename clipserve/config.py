@@ -137,6 +137,10 @@ class TrainConfig(Section):
     """where to train; auto takes a GPU when there is one"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """bf16: autocast; auto takes it where the CPU (AMX, AVX512-BF16) or the GPU computes in it"""
+    accum_freq: Annotated[int, Field(ge=1)] = 1
+    """parts that a step's rows go through the towers in, for memory; batch_size counts them all"""
+    grad_checkpointing: bool = False
+    """compute the layers' activations again in backward: less memory, a third more time"""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile the towers; auto does so on a GPU only"""
     log_every: Annotated[int, Field(ge=1)] = 10

@@ -12,7 +12,9 @@ import multiprocessing
 import os
 import socket
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -71,6 +73,8 @@ class Case:
 
     table: dict[str, Any]
     objectives: list[dict[str, Any]]
+    dtype: torch.dtype = torch.float32
+    """of towers"""
 
 
 CONTRASTIVE = {"name": "contrastive", "weight": 0.7}
@@ -134,8 +138,10 @@ def measure(
     return found
 
 
-def make_run(case: Case, world: World, folder: Path, autocast: bool = False) -> Run:
-    """What the loop works on, but for data."""
+def make_run(
+    case: Case, world: World, folder: Path, autocast: bool = False, **settings: Any
+) -> Run:
+    """What the loop works on, but for data; `settings` are those of `train`."""
     objectives = [
         o | {"teacher": str(folder / TEACHER)} if o["name"] == "distill" else o
         for o in case.objectives
@@ -146,12 +152,13 @@ def make_run(case: Case, world: World, folder: Path, autocast: bool = False) -> 
             "model": {"architecture": case.table},
             "data": {"train": "not read", "label_field": "label"},
             "objectives": objectives,
-            "train": {"steps": 9},
+            "train": {"steps": 9} | settings,
         }
     )
     torch.manual_seed(0)
     model = make_model(case.table, folder)
     networks = build(config, model, world, compile_towers=False)
+    be_precise(networks, case.dtype)
     if networks.teacher is not None:  # in bf16 a row would depend a little on those beside it
         exact = prepare(checkpoint.load_for_training(folder / TEACHER), "cpu", "fp32")
         networks = replace(networks, teacher=exact)
@@ -189,6 +196,14 @@ def make_model(table: dict[str, Any], folder: Path) -> Model:
     return assemble(build_network(table), table, None, Tokenizer(text), ModelInfo()).train()
 
 
+def be_precise(networks: Networks, dtype: torch.dtype) -> None:
+    """Vectors are float32 all the same, and so are the heads that see only these."""
+    heads = [head for name, head in networks.heads.items() if not name.startswith("distill")]
+    for module in (networks.model, networks.twin, *heads):
+        if module is not None:
+            module.to(dtype)
+
+
 @torch.no_grad()
 def shake(networks: Networks) -> None:
     """First weights are small, and the momentum copy's are the model's own."""
@@ -201,21 +216,27 @@ def make_batch(run: Run, count: int) -> Batch:
     """This rank's stripe of the same rows for everyone, its texts cut to its own longest."""
     model, own = run.networks.model, run.world.stripe(count)
     random = torch.Generator().manual_seed(3)
-    pixels = torch.randint(0, 256, (3, 5, 3, 32, 32), generator=random, dtype=torch.uint8)
-    captions = CAPTIONS[:count][own]
+    size = (3, max(count, 5), 3, 32, 32)
+    pixels = torch.randint(0, 256, size, generator=random, dtype=torch.uint8)
+    captions = [CAPTIONS[row % 5] for row in range(count)][own]
+    groups = GROUPS + [[50 + row, 60 + row, 70 + row] for row in range(5, count)]
     tokens = model.tokenizer(captions)
     return Batch(
         pixels[0, :count][own],
         tokens.cut() if model.can_cut_text else tokens.ids,
         list(range(count))[own],
         0,
-        torch.tensor(GROUPS)[:count][own],
+        torch.tensor(groups)[:count][own],
         captions,
         pixels[1:, :count][:, own] if captions else None,
     )
 
 
-def be_rank(rank: int, size: int, count: int, port: int, folder: Path) -> None:
+def measure_all(count: int, folder: Path, world: World) -> dict[str, dict[str, Tensor]]:
+    return {name: measure(case, count, world, folder) for name, case in CASES.items()}
+
+
+def be_rank(rank: int, size: int, port: int, work: Callable[[World], object], result: Path) -> None:
     torch.set_num_threads(1)
     os.environ |= {
         "RANK": str(rank),
@@ -224,29 +245,34 @@ def be_rank(rank: int, size: int, count: int, port: int, folder: Path) -> None:
         "MASTER_PORT": str(port),
     }
     with connect() as world:
-        found = {name: measure(case, count, world, folder) for name, case in CASES.items()}
+        found = work(world)
     if world.is_main:
-        torch.save(found, folder / f"{size}-{count}.pt")
+        torch.save(found, result)
+
+
+def spread(size: int, work: Callable[[World], object], result: Path) -> None:
+    """`work` in each of `size` processes, forked from this one; what it gave the first one."""
+    context = multiprocessing.get_context("fork")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    ranks = [
+        context.Process(target=be_rank, args=(rank, size, port, work, result))
+        for rank in range(size)
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    if failed := [process.exitcode for process in ranks if process.exitcode]:
+        sys.exit(f"{size} processes ended with {failed}")
 
 
 def main(folder: Path) -> None:
     furnish(folder)
     for case in CASES.values():
         make_run(case, World(), folder)  # for what it imports
-    context = multiprocessing.get_context("fork")
     for size, count in RUNS:
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port = server.getsockname()[1]
-        ranks = [
-            context.Process(target=be_rank, args=(rank, size, count, port, folder))
-            for rank in range(size)
-        ]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join()
-        if failed := [process.exitcode for process in ranks if process.exitcode]:
-            sys.exit(f"{size} processes ended with {failed}")
+        spread(size, partial(measure_all, count, folder), folder / f"{size}-{count}.pt")
 
 
 if __name__ == "__main__":

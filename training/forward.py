@@ -18,8 +18,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clipserve.model import Encoded, Model
 from clipserve.objectives import Same
+from training.accumulate import MicroBatches
 from training.distributed import World
 from training.momentum import FeatureQueue, Twin
+from training.objectives.captioning import captioning_loss
 from training.order import Purpose
 from training.streaming import Batch
 
@@ -40,6 +42,8 @@ class Networks:
     twin: Twin | None = None
     queue: FeatureQueue | None = None
     teacher: Model | None = None
+    parts: MicroBatches = MicroBatches()
+    """in how many a batch goes through any of them"""
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ class Step:
     counts: list[int]
     """rows of each rank"""
     encoded: Encoded
+    """without caption_logits, which are large"""
     image: Tensor
     text: Tensor
     """(N, E), unit length, with the gradients of all ranks"""
@@ -75,6 +80,8 @@ class Step:
     """draws the same on every rank"""
     momentum: "Remembered | None" = None
     """the same by the momentum copy"""
+    word_loss: Tensor | None = None
+    """of a network with a decoder: sums over own words, one for each part of the batch"""
     reports: dict[str, Tensor] = field(default_factory=dict)
     """numbers for the log beside the losses: each rank's share of a sum"""
 
@@ -120,10 +127,10 @@ def look(
     """Everything that the objectives share. Call it under `precision`."""
     model = networks.model
     batch = batch.to(model.device)
-    pixels, ids = (batch.pixels, batch.ids) if batch.samples else _blank(model)
-    batch = replace(batch, ids=ids[: len(batch.samples)])  # as wide as the states, also of no rows
-    pixels = model.transform.normalize(pixels)
-    encoded = _first(networks.forward(pixels, ids), len(batch.samples))
+    pixels, ids = (batch.pixels, batch.ids) if batch.samples else blank(model)
+    count = len(batch.samples)
+    batch = replace(batch, ids=ids[:count])  # as wide as the states, also of no rows
+    encoded, word_loss = _encode(networks, pixels, ids, count)
     return Step(
         networks,
         world,
@@ -138,31 +145,54 @@ def look(
         ramp=ramp,
         random=_generator(model.device, seed, step),
         momentum=_remember(networks, pixels, ids, counts, world),
+        word_loss=word_loss,
     )
+
+
+def _encode(
+    networks: Networks, pixels: Tensor, ids: Tensor, count: int
+) -> tuple[Encoded, Tensor | None]:
+    """What the model makes of the first `count` rows; of captions only their losses."""
+    model = networks.model
+
+    def encode(rows: slice, pixels: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
+        found = networks.forward(model.transform.normalize(pixels[rows]), ids[rows])
+        logits, targets = found.caption_logits, ids[rows, 1:]
+        if logits is None:
+            return _kept(found)
+        loss = captioning_loss(logits, targets, model.network.pad_id, total=1)
+        return *_kept(found), loss[None]
+
+    parts = [part[:count] for part in networks.parts(encode, len(ids), pixels, ids)]
+    word_loss = parts.pop() if model.has_decoder else None
+    return Encoded(*parts), word_loss
 
 
 @torch.no_grad()
 def _remember(
     networks: Networks, pixels: Tensor, ids: Tensor, counts: list[int], world: World
 ) -> Remembered | None:
-    if networks.momentum_forward is None:
+    forward = networks.momentum_forward
+    if forward is None:
         return None
-    encoded = _first(networks.momentum_forward(pixels, ids), counts[world.rank])
+
+    def encode(rows: slice, pixels: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
+        return _kept(forward(networks.model.transform.normalize(pixels[rows]), ids[rows]))
+
+    parts = networks.parts(encode, len(ids), pixels, ids)
+    encoded = Encoded(*(part[: counts[world.rank]] for part in parts))
     image, text = (world.gather(part, counts) for part in (encoded.image, encoded.text))
     return Remembered(encoded, image, text)
 
 
-def _blank(model: Model) -> tuple[Tensor, Tensor]:
+def _kept(found: Encoded) -> tuple[Tensor, ...]:
+    return tuple(part for part in found._replace(caption_logits=None) if part is not None)
+
+
+def blank(model: Model) -> tuple[Tensor, Tensor]:
     """A pair to take part with, where a short batch leaves a rank without any."""
     ids = model.tokenizer([""]).ids
     return torch.zeros(1, 3, *model.transform.size, device=model.device), ids.to(model.device)
-
-
-def _first(encoded: Encoded, count: int) -> Encoded:
-    if count == len(encoded.image):
-        return encoded
-    parts = {name: part[:count] for name, part in encoded._asdict().items() if part is not None}
-    return Encoded(**parts)
 
 
 def _generator(device: torch.device, seed: int, step: int) -> torch.Generator:
@@ -179,16 +209,24 @@ def ask_teacher(step: Step, teacher: Model) -> tuple[Tensor, Tensor]:
     if not step.batch.samples:  # towers want a row
         nothing = step.image.new_zeros(0, teacher.embed_dim)
         return nothing, nothing
-    pixels = step.batch.pixels
-    if tuple(pixels.shape[2:]) != tuple(teacher.transform.size):
-        resized = F.interpolate(
-            pixels.float(), teacher.transform.size, mode="bicubic", antialias=True
-        )
-        pixels = resized.round().clamp(0, 255).byte()
     tokens = teacher.tokenizer(step.batch.captions)
     ids = tokens.cut() if teacher.can_cut_text else tokens.ids
-    image = teacher.encode_image(teacher.transform.normalize(pixels))
-    return image, teacher.encode_text(ids.to(teacher.device))
+
+    def encode(rows: slice, pixels: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
+        pixels = _resize(pixels[rows], teacher.transform.size)
+        image = teacher.encode_image(teacher.transform.normalize(pixels))
+        return image, teacher.encode_text(ids[rows])
+
+    pixels, ids = step.batch.pixels, ids.to(teacher.device)
+    image, text = step.networks.parts(encode, len(ids), pixels, ids)
+    return image, text
+
+
+def _resize(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    if tuple(pixels.shape[2:]) == tuple(size):
+        return pixels
+    resized = F.interpolate(pixels.float(), size, mode="bicubic", antialias=True)
+    return resized.round().clamp(0, 255).byte()
 
 
 @contextlib.contextmanager
@@ -200,12 +238,20 @@ def precision(device: torch.device, autocast: bool) -> Iterator[None]:
         yield
         return
     with torch.autocast(device.type, dtype=torch.bfloat16), contextlib.ExitStack() as stack:
-        if device.type == "cpu":
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(attention_kernel(device, autocast))
         stack.callback(
             torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled()
         )
         torch.backends.mha.set_fastpath_enabled(False)
+        yield
+
+
+@contextlib.contextmanager
+def attention_kernel(device: torch.device, autocast: bool) -> Iterator[None]:
+    """That of `precision`; also around backward, where activations are computed again."""
+    with contextlib.ExitStack() as stack:
+        if autocast and device.type == "cpu":
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         yield
 
 

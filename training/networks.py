@@ -20,8 +20,9 @@ from clipserve.objectives import (
     find_momentum,
 )
 from clipserve.towers import trunk_features
+from training.accumulate import MicroBatches, draws
 from training.distributed import World
-from training.forward import Networks
+from training.forward import Networks, blank
 from training.momentum import FeatureQueue, Twin
 from training.objectives.self_supervision import ImageSelfSupervision, build_method
 
@@ -40,12 +41,17 @@ def build(config: Config, model: Model, world: World, compile_towers: bool) -> N
         )
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    if config.train.grad_checkpointing:
+        model.network.set_grad_checkpointing()
+    parts = _plan_parts(config, model)
+    compile_towers = compile_towers and not parts.draws
     teacher = _load_teacher(config, model.device)
     networks = Networks(
         model=model,
         forward=torch.compile(model) if compile_towers else model,
         heads=_build_heads(config, model, teacher, world).to(model.device),
         teacher=teacher,
+        parts=parts,
     )
     momentum = find_momentum(config.objectives)
     if momentum is None:
@@ -54,6 +60,20 @@ def build(config: Config, model: Model, world: World, compile_towers: bool) -> N
     is_ours = source is not None and checkpoint.is_model_directory(source)
     remembered = checkpoint.load_momentum(source) if source and is_ours else None
     return _add_momentum(networks, momentum, compile_towers, remembered)
+
+
+def _plan_parts(config: Config, model: Model) -> MicroBatches:
+    """How a batch goes through the networks. What is compiled draws random numbers of its own."""
+    number = config.train.accum_freq
+    if number == 1 or not draws(model, *blank(model)):
+        return MicroBatches(number)
+    if config.train.compile == "on":
+        raise ConfigError(
+            f"train.accum_freq = {number} draws the random numbers of this model's dropout as the"
+            " whole batch would, which torch.compile prevents; set train.compile = off, or leave"
+            " the dropout out"
+        )
+    return MicroBatches(number, draws=True)
 
 
 def _add_momentum(

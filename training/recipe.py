@@ -23,6 +23,7 @@ from clipserve.objectives import SelfSupervision
 from clipserve.shards import ShardSet
 from clipserve.towers import architecture_config
 from clipserve.weights import load_bert, load_image_tower
+from training.accumulate import check_separable
 from training.augment import ViewTransform
 from training.data import REMOTE_SHUFFLE_SHARDS, Data
 from training.distributed import World
@@ -75,6 +76,8 @@ def prepare(config: Config, data: Data, world: World, vocabulary: Path | None = 
     networks = build_networks(config, model, world, compile_towers)
     weights = find_weights(model.network, networks.heads)
     frozen = _freeze(config, weights, networks)
+    if config.train.accum_freq > 1:
+        check_separable(model.network, thaws=frozen.until is not None)
     optimizer = build_optimizer(model, config.optim, weights, frozen)
     for module in (model.network, *modules_of(networks).values()):
         world.same_weights(module)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from training.forward import look, precision
+from training.forward import attention_kernel, look, precision
 from training.momentum import alpha_ramp, ramped
 from training.optim import clamp_logit_scale
 from training.recipe import Run
@@ -42,7 +42,8 @@ def train_step(run: Run, batch: Batch, counts: list[int]) -> dict[str, Tensor]:
 
     # ---- backward
     state.optimizer.zero_grad(set_to_none=True)
-    total.backward()  # type: ignore[no-untyped-call]
+    with attention_kernel(run.device, run.autocast):
+        total.backward()  # type: ignore[no-untyped-call]
     world.sum_gradients(run.parameters)
     numbers = {"loss": total, **shares, **step.reports}
     summed = world.total(torch.stack([value.float() for value in numbers.values()]))

@@ -19,7 +19,7 @@ from clipserve.model import Encoded, Model
 from clipserve.towers import trunk_features
 from training.forward import Step, ask_teacher
 from training.networks import method_of
-from training.objectives.captioning import caption_tokens, captioning_loss
+from training.objectives.captioning import caption_tokens
 from training.objectives.contrastive import contrastive_loss
 from training.objectives.distillation import affinity_distillation_loss, feature_distillation_loss
 from training.objectives.masked_language import mask_tokens, masked_language_loss
@@ -76,22 +76,21 @@ def _matching(objective: kinds.Matching, step: Step) -> Tensor:
     text_of, has_text = _draw(objective, step, step.image, seen.text, columns)
     found = step.count(int(has_picture.sum() + has_text.sum()))
     step.reports["matching/skipped"] = images.new_tensor(not found) / step.world.size
-    own_images, own_texts = step.encoded.image_states, step.encoded.text_states
-    assert own_images is not None
-    assert own_texts is not None
     if not found:
         return images.sum() * 0 + texts.sum() * 0  # every rank's graph is still the same
-    own_ids = step.batch.ids
-    width = ids.shape[1] - own_ids.shape[1]
-    own_texts = F.pad(own_texts, (0, 0, 0, width))
-    own_ids = F.pad(own_ids, (0, width))
-    fused = network.fuse(
-        torch.cat([own_texts, own_texts[has_picture], texts[text_of[has_text]]]),
-        torch.cat([own_ids, own_ids[has_picture], ids[text_of[has_text]]]),
-        torch.cat([own_images, images[picture_of[has_picture]], own_images[has_text]]),
-    )
-    logits = network.matching_logits(fused)  # (R, 2)
-    matches = torch.arange(len(logits), device=logits.device) < len(step.batch.ids)
+    pairs = torch.arange(len(ids), device=ids.device)
+    if objective.negatives == "batch":
+        pairs = pairs[own]
+    pictures = torch.cat([pairs, picture_of[has_picture], pairs[has_text]])  # (R,)
+    captions = torch.cat([pairs, pairs[has_picture], text_of[has_text]])
+
+    def judge(rows: slice, images: Tensor, texts: Tensor) -> tuple[Tensor, ...]:
+        captions_of, pictures_of = captions[rows], pictures[rows]
+        fused = network.fuse(texts[captions_of], ids[captions_of], images[pictures_of])
+        return (network.matching_logits(fused),)
+
+    (logits,) = step.networks.parts(judge, len(pictures), images, texts)  # (R, 2)
+    matches = torch.arange(len(logits), device=logits.device) < len(pairs)
     total = step.size + found
     step.reports["matching/accuracy"] = count_right(logits, matches) / total
     return matching_loss(logits, matches, total)
@@ -146,20 +145,25 @@ def _masked_language(objective: kinds.MaskedLanguage, step: Step) -> Tensor:
         assert step.networks.momentum is not None
         assert step.momentum is not None
         with torch.no_grad():
-            teacher = _guess(step.networks.momentum, masked, chosen, step.momentum.encoded)
-    logits = _guess(model, masked, chosen, step.encoded)
+            teacher = _guess(step, step.networks.momentum, masked, chosen, step.momentum.encoded)
+    logits = _guess(step, model, masked, chosen, step.encoded)
     step.reports["masked_language/accuracy"] = (logits.argmax(1) == ids[chosen]).sum() / max(
         total, 1
     )
     return masked_language_loss(logits, ids[chosen], total, teacher, alpha)
 
 
-def _guess(model: Model, masked: Tensor, chosen: Tensor, seen: Encoded) -> Tensor:
+def _guess(step: Step, model: Model, masked: Tensor, chosen: Tensor, seen: Encoded) -> Tensor:
     """(M, V) logits of the masked words, with the pictures in view."""
     network: Albef = model.network
     assert seen.image_states is not None
-    states, _ = network.encode_text_states(masked)
-    return network.token_logits(network.fuse(states, masked, seen.image_states)[chosen])
+
+    def guess(rows: slice, masked: Tensor, images: Tensor) -> tuple[Tensor, ...]:
+        states, _ = network.encode_text_states(masked[rows])
+        fused = network.fuse(states, masked[rows], images[rows])
+        return (network.token_logits(fused[chosen[rows]]),)
+
+    return step.networks.parts(guess, len(masked), masked, seen.image_states)[0]
 
 
 def _sigmoid(objective: kinds.Sigmoid, step: Step) -> Tensor:
@@ -207,19 +211,23 @@ def _self_supervision(objective: kinds.SimCLR | kinds.Agreement, step: Step) -> 
     head = step.networks.heads[objective.name]
     if views is None:  # this rank has no pictures: its blank one takes part without a row
         views = torch.zeros(2, 1, 3, *model.transform.size, dtype=torch.uint8, device=model.device)
-    pixels = model.transform.normalize(views.flatten(0, 1))  # (2B, 3, H, W)
     count = len(step.batch.samples)
-    views_of = trunk_features(model.network.visual, pixels).chunk(2)  # (B, F) each
+
+    def encode(rows: slice, views: Tensor) -> tuple[Tensor, ...]:
+        normal = model.transform.normalize(views[rows]).to(model.dtype)
+        return (trunk_features(model.network.visual, normal),)
+
+    pixels = views.flatten(0, 1)  # (2B, 3, H, W)
+    views_of = step.networks.parts(encode, len(pixels), pixels)[0].chunk(2)  # (B, F) each
     rows = [step.world.gather(head(view[:count]), step.counts) for view in views_of]
     return loss(rows[0], rows[1], own=step.own)
 
 
 def _captioning(objective: kinds.Captioning, step: Step) -> Tensor:
     pad_id = step.networks.model.network.pad_id
-    logits, targets = step.encoded.caption_logits, step.batch.ids[:, 1:]
-    assert logits is not None
-    total = step.count(caption_tokens(targets, pad_id))
-    return captioning_loss(logits, targets, pad_id, total)
+    assert step.word_loss is not None
+    total = step.count(caption_tokens(step.batch.ids[:, 1:], pad_id))
+    return step.word_loss.sum() / max(total, 1)
 
 
 _TERMS: dict[type, Callable[[Any, Step], Tensor]] = {
