@@ -156,6 +156,16 @@ class TrainConfig(Section):
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     """keep an average of the weights, of which each step keeps this part; it is what is saved"""
     early_stop: EarlyStop | None = None
+    spike: Annotated[float, Field(ge=0)] = 10.0
+    """skip a step whose loss is so many of their usual deviations above the last ones; 0: do not"""
+    roll_back: bool = False
+    """at a spike, or three skipped steps in a row, take the last checkpoint's weights and go on"""
+    max_skipped: Annotated[int, Field(ge=0)] = 20
+    """the run stops, with a checkpoint, when more than this of its last 1000 steps were skipped"""
+    report_to: tuple[Literal["wandb", "mlflow"], ...] = ()
+    """where else metrics go; each needs its package: `pip install "clipserve[wandb]"`"""
+    peak_tflops: Annotated[float, Field(gt=0)] | None = None
+    """of one device, for `mfu` in the log; absent: that of bf16 on a GPU that is known"""
     rerank: Annotated[int, Field(ge=0)] = 0
     """at validation, candidates per query that ALBEF's matching puts in a better order; 0: none"""
     rerank_score: RerankScore = "matching"

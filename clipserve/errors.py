@@ -6,7 +6,7 @@
     |- DataError              a source or a shard: unreadable, empty, malformed
     |  |- SampleError         one sample: its bytes changed, or cannot be read
     |  `- TooManyBadSamples   more bad samples than the stated fraction (exit code 1)
-    |- TrainingError          a run that cannot go on: its loss is not finite (exit code 1)
+    |- TrainingError          a run that cannot go on: too many skipped steps (exit code 1)
     |- ImageError             a picture: too large, not a picture, damaged
     |- TextError              a text: empty where one is needed
     |- IndexStoreError        a collection or an index: damaged, of another model, read-only
@@ -64,7 +64,7 @@ class TooManyBadSamples(DataError):
 
 
 class TrainingError(ClipserveError):
-    """A run diverged; its last checkpoint is good."""
+    """Too many steps of a run could not be taken, or one of its processes is gone."""
 
     exit_code = 1
 

@@ -214,6 +214,23 @@ def test_verify_finds_a_damaged_model(run: Run, model_dir: Path, tmp_path: Path)
     assert "open_clip_model.safetensors is damaged" in damaged.err
 
 
+def test_runs_are_listed_as_a_table_and_as_json(run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "mine"
+    folder.mkdir(parents=True)
+    (folder / "config.toml").write_text('[train]\nbest_metric = "val/mean_r1"\n')
+    (folder / "metrics.jsonl").write_text(
+        '{"step": 7, "loss": 1.25}\n{"step": 7, "val/mean_r1": 0.5}\n'
+    )
+    (folder / "run.json").write_text('{"state": "stopped", "total_steps": 9, "reason": "SIGTERM"}')
+    head, row, why = run("runs", tmp_path / "runs").out.splitlines()
+    assert head.split()[:5] == ["run", "state", "step", "of", "loss"]
+    assert row.split()[1:8] == ["stopped", "7", "9", "1.2500", "val/mean_r1", "50.0%", "7"]
+    assert why.endswith("mine stopped: SIGTERM")
+    (found,) = run("runs", tmp_path / "runs", "--json").json
+    assert (found["best"], found["best_step"], found["samples_per_second"]) == (0.5, 7, None)
+    assert run("runs", tmp_path / "none").code == 2
+
+
 def test_doctor_and_help_config_answer(run: Run) -> None:
     facts = run("doctor", "--json").json
     assert facts["cpus"] >= 1

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import logging
-import math
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -24,10 +23,21 @@ from training.clock import Clock
 from training.data import open_data
 from training.distributed import connect
 from training.evaluate.retrieval import evaluate_retrieval
+from training.guard import (
+    SkippedStep,
+    count_skipped,
+    find_end,
+    keeping_statistics,
+    roll_back,
+    wants_roll_back,
+)
 from training.optim import set_rates
 from training.recipe import Run, prepare
 from training.run_directory import RunDirectory
+from training.runs import noting
+from training.sanity import Sanity
 from training.signals import Signals, StopWaiting, Wish, listening
+from training.sinks import check_packages, open_sinks
 from training.state import seed_step
 from training.step import train_step
 from training.streaming import Batch
@@ -62,6 +72,7 @@ def train(config: Config, resume: str = "auto", console: Console | None = None) 
     resume: "auto" continues from `latest` if it is there, "no" refuses a directory with a run,
     else the checkpoint directory to continue from. Raises ClipserveError.
     """
+    check_packages(config.train.report_to)
     directory = RunDirectory(Path(config.out), config.train.keep_checkpoints)
     with connect() as world, contextlib.ExitStack() as stack:
         with world.main_first():
@@ -77,14 +88,22 @@ def train(config: Config, resume: str = "auto", console: Console | None = None) 
                 write_atomic(directory.path / "config.toml", dump_toml(config))
             screen = (console or Console()) if world.is_main else None
             step = run.state.counters.step
-            tracker = stack.enter_context(Tracker(directory.path, step, run.total_steps, screen))
+            sinks = open_sinks(config, step) if world.is_main else []
+            tracker = Tracker(directory.path, step, run.total_steps, screen, sinks)
+            stack.enter_context(tracker)
         if not world.agrees(repr((run.state.position, run.state.counters)).encode()):
             raise CheckpointError(
                 f"the processes of this run do not find the same checkpoint in {directory.path};"
                 " give them one `out`, on a disk that all share"
             )
         signals = stack.enter_context(listening())
-        return _loop(run, directory, tracker, signals)
+        if not world.is_main:
+            return _loop(run, directory, tracker, signals)
+        with noting(directory.path, run.total_steps) as standing:
+            result = _loop(run, directory, tracker, signals)
+            if result.stopped_by is not None:
+                standing.state, standing.reason = "stopped", result.stopped_by.name
+            return result
 
 
 def _continue(run: Run, directory: RunDirectory, resume: str) -> None:
@@ -106,15 +125,18 @@ def _loop(run: Run, directory: RunDirectory, tracker: Tracker, signals: Signals)
     metrics: dict[str, float] = {}
     losses: dict[str, Tensor] = {}
     skipped: dict[str, Tensor] = {}
-    base_seconds, clock = counters.seconds, Clock()
+    base_seconds, clock, sanity = counters.seconds, Clock(run.work), Sanity(run)
+    if world.is_main:
+        sanity.begin()
     last_save, saved_step = time.monotonic(), counters.step
+    is_due = epoch_ended = False
+    fault: SkippedStep | None = None
     stopped_by: signal.Signals | None = None
 
     def save(is_scored: bool = False) -> None:
         nonlocal last_save, saved_step
         if counters.step == saved_step:
             return
-        _check_finite(losses, counters.step, directory)
         if world.is_main:
             _save(run, directory, metrics if is_scored else {})
         last_save, saved_step = time.monotonic(), counters.step
@@ -135,7 +157,8 @@ def _loop(run: Run, directory: RunDirectory, tracker: Tracker, signals: Signals)
                 tracker.bad_sample(counters.step + 1, bad)
 
             # ---- agree: what every rank has, and what was asked for meanwhile
-            turn = _agree(run, batch, failure, signals, _due(config, last_save))
+            due = Wish.NOTHING if fault else _due(config, last_save)
+            turn = _agree(run, batch, failure, signals, due)
             if turn.failure is not None:
                 _save_despite(turn.failure, save)
                 raise turn.failure
@@ -150,8 +173,12 @@ def _loop(run: Run, directory: RunDirectory, tracker: Tracker, signals: Signals)
             lr = set_rates(state.optimizer, config.optim, counters.step, run.total_steps)
             run.frozen.hold(counters.step)
             seed_step(config.train.seed, counters.step, world.rank)
+            fault = None
             try:
-                losses = train_step(run, batch, turn.counts)
+                with keeping_statistics(state.model.network):
+                    losses = train_step(run, batch, turn.counts)
+            except SkippedStep as skipped_step:
+                fault, losses = skipped_step, skipped_step.losses
             except TrainingError as error:  # a rank is gone; no weight was changed yet
                 _save_despite(error, save)
                 raise
@@ -164,29 +191,38 @@ def _loop(run: Run, directory: RunDirectory, tracker: Tracker, signals: Signals)
             clock.count(sum(turn.counts), batch)
             tracker.advance(counters.step)
             counters.seconds = base_seconds + clock.total
+            last = counters.step == run.total_steps
+            if fault is not None:
+                _skip(run, batch, fault, directory, tracker)
+                end = find_end(counters, config.train.max_skipped, fault, last, directory.path)
+                if end is not None:
+                    _save_despite(end, save)
+                    raise end
 
             # ---- log
-            last = counters.step == run.total_steps
             if counters.step % config.train.log_every == 0 or last:
-                _check_finite(losses, counters.step, directory)
-                tracker.log(
-                    counters.step,
-                    {
-                        "epoch": counters.step / per_epoch,
-                        "samples": counters.samples,
-                        **{name: loss.item() for name, loss in (losses | skipped).items()},
-                        "lr": lr,
-                        "logit_scale": state.model.logit_scale.item(),
-                        **clock.lap(),
-                    },
-                )
+                values = {
+                    "epoch": counters.step / per_epoch,
+                    "samples": counters.samples,
+                    **{name: loss.item() for name, loss in (losses | skipped).items()},
+                    "skipped_steps": counters.skipped,
+                    "lr": lr,
+                    "logit_scale": state.model.logit_scale.item(),
+                    **clock.lap(),
+                }
+                tracker.log(counters.step, values)
+                if world.is_main:
+                    sanity.look(values)
                 skipped = {}
 
-            # ---- evaluate and save
-            epoch_end = state.position.consumed == 0
+            # ---- evaluate and save; after a skipped step not yet, for the weights may be broken
+            epoch_ended |= state.position.consumed == 0
             every = config.train.checkpoint_every_steps
+            is_due |= every is not None and counters.step % every == 0
+            if fault is not None and not last:
+                continue
             with clock.paused():
-                if epoch_end or last:
+                if epoch_ended or last:
                     if run.val is not None and world.is_main:
                         metrics = _evaluate(run)
                         tracker.log(counters.step, metrics)
@@ -195,8 +231,9 @@ def _loop(run: Run, directory: RunDirectory, tracker: Tracker, signals: Signals)
                             counters.watch(metrics[early_stop.metric])
                         counters.stale = int(world.exchange(counters.stale)[0, 0])
                     save(is_scored=bool(metrics))
-                elif every is not None and counters.step % every == 0:
+                elif is_due:
                     save()
+            is_due = epoch_ended = False
 
     return TrainResult(
         best=directory.best,
@@ -287,6 +324,26 @@ def _save_despite(failure: Exception, save: Callable[[], None]) -> None:
         failure.add_note(f"and no checkpoint could be written: {error}")
 
 
+def _skip(
+    run: Run, batch: Batch, fault: SkippedStep, directory: RunDirectory, tracker: Tracker
+) -> None:
+    """Count a step that was not taken, tell of its samples, and go back where that is wanted."""
+    counters = run.state.counters
+    count_skipped(counters)
+    keys = [run.stream.data.key(sample) for sample in batch.samples]
+    tracker.skipped_samples(counters.step, keys, str(fault))
+    what = "its samples are in skipped_samples.jsonl"
+    if run.config.train.roll_back and wants_roll_back(counters, fault):
+        start = directory.find_start("auto")
+        if start is None:
+            what += "; there is no checkpoint yet to go back to"
+        else:
+            roll_back(run.state, start)
+            what += f"; the weights are those of {start.name} again"
+    if run.world.is_main:
+        logger.warning("step %d skipped: %s; %s", counters.step, fault, what)
+
+
 def _evaluate(run: Run) -> dict[str, float]:
     """Retrieval on the validation shards, by the model as it would be served."""
     assert run.val is not None
@@ -329,13 +386,3 @@ def _save(run: Run, directory: RunDirectory, scores: dict[str, float]) -> None:
         "data_fingerprint": "+".join(d.fingerprint for d in run.stream.data.datasets),
     }
     directory.save(run.state, description, is_best)
-
-
-def _check_finite(losses: dict[str, Tensor], step: int, directory: RunDirectory) -> None:
-    loss = losses["loss"].item()
-    if not math.isfinite(loss):
-        raise TrainingError(
-            f"the loss is {loss} at step {step}: training diverged; lower optim.lr or set"
-            f" optim.grad_clip, and go on from an earlier checkpoint in {directory.path} with"
-            " --resume DIR, or start anew"
-        )

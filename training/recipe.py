@@ -37,6 +37,7 @@ from training.order import OrderSettings
 from training.parts import Weight, find_weights
 from training.state import State
 from training.streaming import SampleSettings, Stream
+from training.work import Work, find_peak, measure
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ class Run:
     total_steps: int
     world: World
     frozen: Frozen = field(default_factory=Frozen)
+    work: Work | None = None
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -90,6 +92,7 @@ def prepare(config: Config, data: Data, world: World, vocabulary: Path | None = 
         (config.train.epochs or 0) * stream.order.batches_per_epoch
     )
     check_steps(config.optim, total_steps)
+    autocast = _use_bf16(config, device)
     return Run(
         config=config,
         state=State(
@@ -103,10 +106,11 @@ def prepare(config: Config, data: Data, world: World, vocabulary: Path | None = 
         val=data.val,
         networks=networks,
         device=device,
-        autocast=_use_bf16(config, device),
+        autocast=autocast,
         total_steps=total_steps,
         world=world,
         frozen=frozen,
+        work=measure(model, find_peak(device, autocast, config.train.peak_tflops)),
     )
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from clipserve import checkpoint
 from clipserve.errors import CheckpointError, ConfigError
 from clipserve.files import link_atomic, new_directory
+from training.runs import LOCK
 from training.state import State
 
 
@@ -37,7 +38,7 @@ class RunDirectory:
     def lock(self) -> Iterator[None]:
         """One run at a time writes into a directory; a killed one leaves no lock behind."""
         self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("w") as file:
+        with (self.path / LOCK).open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

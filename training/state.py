@@ -46,6 +46,13 @@ class Counters:
     """the best value of train.early_stop's metric"""
     stale: int = 0
     """validations since then"""
+    skipped: int = 0
+    """steps that training.guard did not let happen"""
+    skipped_at: list[int] = field(default_factory=list)
+    """the last of them"""
+    rolled_back: int = 0
+    losses: list[float] = field(default_factory=list)
+    """of the last sound steps"""
 
     def watch(self, value: float) -> None:
         """Count one more validation."""

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from training.forward import attention_kernel, look, precision
+from training.guard import check_step
 from training.momentum import alpha_ramp, ramped
 from training.optim import clamp_logit_scale
 from training.recipe import Run
@@ -15,7 +16,8 @@ def train_step(run: Run, batch: Batch, counts: list[int]) -> dict[str, Tensor]:
     """One optimizer step; returns the loss over the global batch, its terms, and reports.
 
     Nothing that a checkpoint holds is changed before the ranks have told each other everything: a
-    rank that dies leaves the others at the end of the step before.
+    rank that dies leaves the others at the end of the step before. Raises SkippedStep, on all ranks
+    alike, for a step that must not be taken.
     """
     networks, state, world = run.networks, run.state, run.world
     per_epoch = run.stream.order.batches_per_epoch
@@ -48,9 +50,12 @@ def train_step(run: Run, batch: Batch, counts: list[int]) -> dict[str, Tensor]:
     numbers = {"loss": total, **shares, **step.reports}
     summed = world.total(torch.stack([value.float() for value in numbers.values()]))
 
+    losses = dict(zip(numbers, summed, strict=True))
+
     # ---- update
     limit = run.config.optim.grad_clip
     norm = torch.nn.utils.get_total_norm([p.grad for p in run.parameters if p.grad is not None])
+    check_step(state.counters, run.config.train, losses, norm)
     if limit is not None:
         torch.nn.utils.clip_grads_with_norm_(run.parameters, limit, norm)
     state.optimizer.step()
@@ -63,4 +68,4 @@ def train_step(run: Run, batch: Batch, counts: list[int]) -> dict[str, Tensor]:
         networks.twin.update(state.model.network)
     if networks.queue is not None and step.momentum is not None:
         networks.queue.push(step.momentum.image, step.momentum.text, step.groups)
-    return {**dict(zip(numbers, summed, strict=True)), "grad_norm": norm}
+    return {**losses, "grad_norm": norm}

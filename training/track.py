@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl, TensorBoard, a line or a bar for the person watching.
+"""Where a run's numbers go: metrics.jsonl, curves.png, a line or a bar for the person watching.
 
 On a terminal a progress bar with ETA and samples/s; elsewhere a plain line at every log step.
 """
@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -17,30 +18,36 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from clipserve.files import write_atomic
 from clipserve.shards import BadSample
+from training.curves import draw_curves
+from training.sinks import Sink
 
 logger = logging.getLogger(__name__)
 
 
 class Tracker:
-    """Appends to the run directory; close it, or use it as a context manager.
+    """Appends to the run directory and `sinks`; close it, or use it as a context manager.
 
     Resuming at `start_step` drops the lines that a killed run wrote beyond its checkpoint. Without
-    a console, in a process that is not the main one, only bad samples are written.
+    a console, in a process that is not the main one, only bad and skipped samples are written.
     """
 
     def __init__(
-        self, out: Path, start_step: int, total_steps: int, console: Console | None
+        self,
+        out: Path,
+        start_step: int,
+        total_steps: int,
+        console: Console | None,
+        sinks: Sequence[Sink] = (),
     ) -> None:
         self._is_main = console is not None
+        self._sinks = sinks
+        self._out = out
         console = console or Console(quiet=True)
         out.mkdir(parents=True, exist_ok=True)  # may be another machine's own disk
         if self._is_main:
-            from torch.utils.tensorboard import SummaryWriter
-
-            for name in ("metrics.jsonl", "bad_samples.jsonl"):
+            for name in ("metrics.jsonl", "bad_samples.jsonl", "skipped_samples.jsonl"):
                 _drop_lines_after(out / name, start_step)
             self._metrics = (out / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
-            self._board = SummaryWriter(str(out / "tensorboard"), purge_step=start_step + 1)
         self._bad = (out / "bad_samples.jsonl").open("a", encoding="utf-8", buffering=1)
         self._warned: set[tuple[str, str]] = set()
         self._warned_of_truncation = False
@@ -75,22 +82,33 @@ class Tracker:
         self._progress.stop()
         self._bad.close()
         if self._is_main:
-            self._board.close()
             self._metrics.close()
+            draw_curves(self._out)
+        for sink in self._sinks:
+            sink.close(error is None)
 
     def advance(self, step: int) -> None:
         """Move the bar to `step`."""
         self._progress.update(self._task, completed=step)
 
     def log(self, step: int, values: dict[str, Any]) -> None:
-        """One line of metrics.jsonl, the same to TensorBoard, and the person's line."""
+        """One line of metrics.jsonl, the same to the sinks, and the person's line.
+
+        What is not finite is left out: JSON has no word for it, and a curve no place.
+        """
         if not self._is_main:
             return
+        values = {
+            key: value
+            for key, value in values.items()
+            if not isinstance(value, float) or math.isfinite(value)
+        }
         self._warn_of_truncation(values.get("truncated_fraction", 0.0))
-        self._metrics.write(json.dumps({"step": step, **values}, allow_nan=True) + "\n")
-        for key, value in values.items():
-            if isinstance(value, int | float):
-                self._board.add_scalar(key, value, step)
+        self._metrics.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
+        for sink in self._sinks:
+            sink.log(step, values)
+        if "loss" not in values:  # an evaluation
+            draw_curves(self._out)
         text = _summary(values)
         self._progress.update(self._task, completed=step, numbers=text)
         if not self._console.is_terminal or "loss" not in values:
@@ -103,6 +121,16 @@ class Tracker:
         if (bad.shard, bad.key) not in self._warned:
             self._warned.add((bad.shard, bad.key))
             logger.warning("bad sample %s:%s: %s", bad.shard, bad.key, bad.reason)
+
+    def skipped_samples(self, step: int, keys: list[tuple[str, str]], reason: str) -> None:
+        """A line of skipped_samples.jsonl for each sample of a batch whose step was not taken."""
+        lines = [
+            json.dumps({"step": step, "shard": shard, "key": key, "reason": reason}) + "\n"
+            for shard, key in keys
+        ]
+        # At once: other processes write into the same file.
+        with (self._out / "skipped_samples.jsonl").open("ab", buffering=0) as file:
+            file.write("".join(lines).encode())
 
     def _warn_of_truncation(self, fraction: float) -> None:
         if fraction > 0 and not self._warned_of_truncation:

@@ -5,7 +5,7 @@ code 2. `--json` prints what a program may read.
 
     options.py    options that several commands take
     data.py       pack, verify
-    training.py   train, evaluate
+    training.py   train, runs, evaluate
     interpolate.py  interpolate
     embed.py      embed
     search.py     search
@@ -47,6 +47,7 @@ app = typer.Typer(
 app.command()(data.pack)
 app.command()(data.verify)
 app.command()(training.train)
+app.command()(training.runs)
 app.command()(training.evaluate)
 app.command()(interpolate.interpolate)
 app.command()(embed.embed)

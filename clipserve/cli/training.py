@@ -1,12 +1,12 @@
-"""Commands on runs: train, evaluate."""
+"""Commands on runs: train, runs, evaluate."""
 
 from pathlib import Path
 from typing import Annotated, get_args
 
 import typer
 
-from clipserve.cli.options import Device, Dtype, ModelDir, pick
-from clipserve.console import fail, log_to_stderr, print_json, print_line
+from clipserve.cli.options import Device, Dtype, Json, ModelDir, pick
+from clipserve.console import fail, log_to_stderr, print_json, print_line, print_table
 from clipserve.errors import ConfigError
 
 
@@ -54,6 +54,48 @@ def train(
     speed = f"{result.samples_per_second:.0f} samples/s"
     print_line(f"trained {result.step} steps in {result.seconds:.0f} s ({speed})  {rates}")
     print_line(f"model: {result.best}")
+
+
+def runs(
+    folders: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[DIR ...]", help="Run directories, or what holds them; else runs."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List runs: how far they are, their loss, best metric and speed, and why they stopped."""
+    from dataclasses import asdict
+
+    from training.runs import list_runs
+
+    found = list_runs(folders or [Path("runs")])
+    if as_json:
+        print_json([asdict(run) for run in found])
+        return
+    head = ["run", "state", "step", "of", "loss", "metric", "best", "at", "samples/s", "skipped"]
+    rows = [
+        [
+            run.path,
+            run.state,
+            str(run.step),
+            _cell(run.total_steps, "d"),
+            _cell(run.loss, ".4f"),
+            run.metric,
+            _cell(run.best, ".1%"),
+            _cell(run.best_step, "d"),
+            _cell(run.samples_per_second, ".0f"),
+            str(run.skipped_steps),
+        ]
+        for run in found
+    ]
+    print_table([head, *rows])
+    for run in found:
+        if run.reason:
+            print_line(f"{run.path} {run.state}: {run.reason}")
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
 
 
 def evaluate(

@@ -1,0 +1,302 @@
+"""Broken samples and spikes do not break a run, and a continuation sees the same."""
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_training_loop import SMALL
+from torch import Tensor, nn
+
+from clipserve import checkpoint
+from clipserve import objectives as kinds
+from clipserve.config import Config, TrainConfig, load_config
+from clipserve.errors import TrainingError
+from clipserve.transforms import ImageTransform
+from training import guard, loop, terms
+from training.guard import SkippedStep, check_step, keeping_statistics
+from training.loop import train
+from training.shards import PackOptions, pack
+from training.state import Counters
+
+Lines = list[dict[str, Any]]
+STEPS = 12
+SPIKE = 9
+
+
+@pytest.fixture
+def shards(captioned: Any, tmp_path: Path) -> Path:
+    pack(captioned(40), tmp_path / "shards", PackOptions(samples_per_shard=20))
+    return tmp_path / "shards"
+
+
+def config(shards: Path, out: Path, *more: str) -> Config:
+    steps = [] if any(item.startswith("train.steps") for item in more) else [f"train.steps={STEPS}"]
+    return load_config(None, [f"out={out}", f"data.train={shards}", *SMALL, *steps, *more])
+
+
+def read(out: Path, name: str) -> Lines:
+    return [json.loads(line) for line in (out / name).read_text().splitlines()]
+
+
+def tensors(out: Path, step: int) -> dict[str, Tensor]:
+    """All that a checkpoint's files hold, by file and name."""
+    folder = out / "checkpoints" / f"step-{step:09d}"
+    return {
+        f"{file.relative_to(folder)}/{name}": value
+        for file in folder.rglob("*.safetensors")
+        for name, value in load_file(file).items()
+    }
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+
+
+@pytest.fixture
+def trained_on(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[int]]:
+    """Step -> the samples that it was given."""
+    seen: dict[int, list[int]] = {}
+    real = loop.train_step
+
+    def step(run: Any, batch: Any, counts: Any) -> Any:
+        seen[run.state.counters.step + 1] = list(batch.samples)
+        return real(run, batch, counts)
+
+    monkeypatch.setattr(loop, "train_step", step)
+    return seen
+
+
+@dataclass
+class Disturbance:
+    """The steps in which something goes wrong."""
+
+    nan: set[int] = field(default_factory=set)
+    """one picture of the batch becomes not a number on its way into the model"""
+    spike: set[int] = field(default_factory=set)
+    """the loss is fifty times what it should be"""
+    crash: set[int] = field(default_factory=set)
+    now: int = 0
+
+
+class Crash(Exception):
+    pass
+
+
+@pytest.fixture
+def disturbed(monkeypatch: pytest.MonkeyPatch) -> Disturbance:
+    """Disturbs what is trained in this test."""
+    steps = Disturbance()
+    real_step, real_normalize = loop.train_step, ImageTransform.normalize
+    real_loss = terms._TERMS[kinds.Contrastive]
+
+    def step(run: Any, batch: Any, counts: Any) -> Any:
+        steps.now = run.state.counters.step + 1
+        if steps.now in steps.crash:
+            raise Crash
+        return real_step(run, batch, counts)
+
+    def normalize(self: ImageTransform, pixels: Tensor) -> Tensor:
+        values = real_normalize(self, pixels)
+        if steps.now in steps.nan:
+            values[1] = math.nan
+        return values
+
+    def loss(objective: Any, seen: Any) -> Tensor:
+        return real_loss(objective, seen) * (50 if steps.now in steps.spike else 1)
+
+    monkeypatch.setattr(loop, "train_step", step)
+    monkeypatch.setattr(ImageTransform, "normalize", normalize)
+    monkeypatch.setitem(terms._TERMS, kinds.Contrastive, loss)
+    monkeypatch.setattr(guard, "_FEWEST", 4)
+    return steps
+
+
+EVERYTHING = [
+    "objectives=[{name='contrastive'}, {name='momentum_contrast', queue_size=13, momentum=0.9},"
+    " {name='simclr', hidden_size=8, output_size=6}]",
+    "train.ema=0.9",
+    "train.checkpoint_every_steps=1",
+    "train.keep_checkpoints=99",
+]
+
+
+def test_a_step_with_one_broken_sample_changes_nothing_and_the_run_goes_on(
+    shards: Path, tmp_path: Path, disturbed: Disturbance, trained_on: dict[int, list[int]]
+) -> None:
+    out = tmp_path / "run"
+    disturbed.nan.update({3, 5})
+    result = train(config(shards, out, *EVERYTHING, "train.steps=5"))
+    assert result.step == 5
+    names = tensors(out, 4)
+    files = {name.split("/")[1] for name in names if name.startswith("state/")}
+    kinds_of_memory = ("heads", "momentum", "network", "optimizer", "queue")
+    assert files == {f"{kind}.safetensors" for kind in kinds_of_memory}
+    assert same(tensors(out, 5), names)
+    assert not same(tensors(out, 4), tensors(out, 2))
+    assert not (out / "checkpoints" / "step-000000003").exists()  # not yet, where all may be broken
+    lines = read(out, "metrics.jsonl")
+    assert [line["skipped_steps"] for line in lines] == [0, 0, 1, 1, 2]
+    assert ["loss" in line for line in lines] == [True, True, False, True, False]
+    skipped = read(out, "skipped_samples.jsonl")
+    assert {line["step"] for line in skipped} == {3, 5}
+    first = [line for line in skipped if line["step"] == 3]
+    assert len(first) == len(trained_on[3]) == 8
+    assert all(line["reason"] == "the loss is nan" for line in first)
+    assert {"step", "shard", "key", "reason"} == set(first[0])
+
+
+def test_too_many_skipped_steps_end_the_run_with_a_checkpoint_and_the_reason(
+    shards: Path, tmp_path: Path, disturbed: Disturbance
+) -> None:
+    out = tmp_path / "run"
+    disturbed.nan.update({2, 4, 5, 6})
+    settings = config(shards, out, "train.max_skipped=2", "train.checkpoint_every_steps=1")
+    reason = r"3 of the last 5 steps were skipped, more than train\.max_skipped = 2; at step 5 the"
+    with pytest.raises(TrainingError, match=reason) as caught:
+        train(settings)
+    assert "\n" not in str(caught.value)
+    assert (out / "latest").resolve().name == "step-000000005"
+    checkpoint.verify(out / "latest")
+    assert (out / "checkpoints" / "step-000000003").exists()
+    note = json.loads((out / "run.json").read_text())
+    assert (note["state"], note["reason"]) == ("stopped", str(caught.value))
+    assert train(config(shards, out, "train.max_skipped=4")).step == STEPS  # 6 is skipped, too
+
+
+def test_a_run_whose_last_steps_were_all_skipped_is_no_success(
+    shards: Path, tmp_path: Path, disturbed: Disturbance
+) -> None:
+    disturbed.nan.update({4, 5, 6})
+    with pytest.raises(TrainingError, match="the last 3 steps of the run were skipped"):
+        train(config(shards, tmp_path / "run", "train.steps=6"))
+
+
+def logged_losses(out: Path) -> dict[int, float]:
+    return {line["step"]: line["loss"] for line in read(out, "metrics.jsonl") if "loss" in line}
+
+
+SPIKED = ["train.checkpoint_every_steps=2", "train.keep_checkpoints=99"]
+
+
+def test_a_spike_is_skipped_and_what_is_only_a_little_worse_is_not(
+    shards: Path, tmp_path: Path, disturbed: Disturbance
+) -> None:
+    out = tmp_path / "run"
+    disturbed.spike.update({2, SPIKE})  # at step 2 nothing is known yet
+    train(config(shards, out, *SPIKED, f"train.steps={SPIKE}"))
+    assert same(tensors(out, SPIKE), tensors(out, SPIKE - 1))
+    assert {line["step"] for line in read(out, "skipped_samples.jsonl")} == {SPIKE}
+    assert "a spike above" in read(out, "skipped_samples.jsonl")[0]["reason"]
+    kept = {step: loss for step, loss in logged_losses(out).items() if step < SPIKE}
+    state = json.loads((out / "latest" / "state" / "state.json").read_text())
+    assert state["counters"]["losses"] == list(kept.values())
+    assert state["counters"]["skipped_at"] == [SPIKE]
+
+
+def test_a_roll_back_takes_the_checkpoints_weights_and_the_next_samples(
+    shards: Path, tmp_path: Path, disturbed: Disturbance, trained_on: dict[int, list[int]]
+) -> None:
+    plain, out = tmp_path / "plain", tmp_path / "run"
+    train(config(shards, plain, *SPIKED))
+    expected = dict(trained_on)
+    disturbed.spike.add(SPIKE)
+    every = [*EVERYTHING, "train.checkpoint_every_steps=4", "train.roll_back=true"]
+    train(config(shards, out, *every, f"train.steps={SPIKE}", "optim.schedule=constant"))
+    assert same(tensors(out, SPIKE), tensors(out, 8))
+    train(config(shards, out, *every, "optim.schedule=constant"))
+    assert trained_on == expected  # the order went on, past the bad batch
+    state = json.loads((out / "latest" / "state" / "state.json").read_text())
+    assert state["counters"]["rolled_back"] == 1
+
+
+def test_a_run_killed_after_a_roll_back_goes_on_exactly(
+    shards: Path, tmp_path: Path, disturbed: Disturbance
+) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    disturbed.spike.add(SPIKE)
+    every = [*EVERYTHING, "train.checkpoint_every_steps=3", "train.roll_back=true"]
+    train(config(shards, whole, *every))
+    for crash in (SPIKE + 1, SPIKE + 2):  # before and after the next checkpoint, of step 10
+        disturbed.crash.add(crash)
+        with pytest.raises(Crash):
+            train(config(shards, killed, *every))
+        disturbed.crash.clear()
+    train(config(shards, killed, *every))
+    assert logged_losses(killed) == logged_losses(whole)
+    assert same(tensors(killed, STEPS), tensors(whole, STEPS))
+    assert read(killed, "skipped_samples.jsonl") == read(whole, "skipped_samples.jsonl")
+
+
+def test_a_spike_before_the_first_checkpoint_is_only_skipped(
+    shards: Path, tmp_path: Path, disturbed: Disturbance, caplog: pytest.LogCaptureFixture
+) -> None:
+    disturbed.spike.add(5)
+    train(
+        config(
+            shards, tmp_path / "run", "train.steps=6", "train.roll_back=true", "data.batch_size=4"
+        )
+    )
+    assert "step 5 skipped: the loss is" in caplog.text
+    assert "no checkpoint yet to go back to" in caplog.text
+
+
+def settings(**given: Any) -> TrainConfig:
+    return TrainConfig(steps=1, **given)
+
+
+@pytest.mark.parametrize(
+    ("before", "loss", "is_spike"),
+    [
+        ([2.0] * 31, 99.0, False),  # too few to tell
+        ([2.0] * 32, 2.51, True),  # ten times the least deviation
+        ([2.0] * 32, 2.49, False),
+        ([1.0, 3.0] * 16, 11.9, False),  # median 2, deviation 1
+        ([1.0, 3.0] * 16, 12.1, True),
+        ([-0.9] * 32, -0.3, True),  # a loss may be negative
+    ],
+)
+def test_a_spike_is_measured_by_the_usual_deviations_from_the_median(
+    before: list[float], loss: float, is_spike: bool
+) -> None:
+    counters = Counters(losses=list(before))
+    given = {"loss": torch.tensor(loss)}
+    if is_spike:
+        with pytest.raises(SkippedStep, match="a spike above"):
+            check_step(counters, settings(), given, torch.tensor(1.0))
+        assert counters.losses == before
+    else:
+        check_step(counters, settings(), given, torch.tensor(1.0))
+        assert len(counters.losses) == len(before) + 1
+    check_step(Counters(losses=list(before)), settings(spike=0), given, torch.tensor(1.0))
+
+
+def test_a_gradient_that_is_not_finite_is_a_fault_of_its_own() -> None:
+    with pytest.raises(SkippedStep, match="the gradient's norm is inf"):
+        check_step(Counters(), settings(), {"loss": torch.tensor(1.0)}, torch.tensor(math.inf))
+
+
+def test_the_last_losses_are_remembered_and_no_more() -> None:
+    counters = Counters()
+    for step in range(200):
+        check_step(counters, settings(), {"loss": torch.tensor(float(-step))}, torch.tensor(0.0))
+    assert counters.losses == [float(-step) for step in range(72, 200)]
+
+
+def test_running_statistics_are_as_before_after_a_skipped_step() -> None:
+    norm = nn.BatchNorm1d(2)
+
+    def step() -> None:
+        with keeping_statistics(norm):
+            norm(torch.full((3, 2), math.nan))
+            raise SkippedStep("", {}, is_spike=False)
+
+    with pytest.raises(SkippedStep):
+        step()
+    assert norm.running_mean is not None
+    assert norm.running_mean.tolist() == [0, 0]
+    assert norm.num_batches_tracked == torch.tensor(0)
