@@ -18,6 +18,15 @@ def train(
     resume: Annotated[
         str, typer.Option(help="auto: continue the run in `out`; no; or a checkpoint directory.")
     ] = "auto",
+    processes: Annotated[
+        int, typer.Option(min=1, help="Training processes on this machine, one to a GPU.")
+    ] = 1,
+    max_restarts: Annotated[
+        int,
+        typer.Option(
+            min=0, help="How often a run that lost a process goes on from its checkpoint."
+        ),
+    ] = 0,
     help_config: Annotated[bool, typer.Option("--help-config", help="List every setting.")] = False,
 ) -> None:
     """Train a model. The config file may be left out when overrides say enough."""
@@ -33,6 +42,11 @@ def train(
         given, config = [str(config), *given], None
     settings = load_config(config, given)
     log_to_stderr()
+    if processes > 1 or max_restarts:
+        from training.launch import launch
+
+        arguments = [*([str(config)] if config else []), *given]
+        raise typer.Exit(launch(arguments, resume, processes, max_restarts))
     from training.loop import train as run
 
     result = run(settings, resume)
