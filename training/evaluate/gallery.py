@@ -5,15 +5,19 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from clipserve.decoding import decode
-from clipserve.embed import batched, embed_pixels, embed_texts
+from clipserve.embed import embed_pixels, embed_texts
 from clipserve.errors import DataError, ImageError, SampleError
 from clipserve.model import Model
 from clipserve.shards import ShardSet
 from clipserve.sources import clean_captions
+from training.distributed import ALONE, World
 
 logger = logging.getLogger(__name__)
+
+_TEXT_BATCH = 256
 
 
 class Gallery(NamedTuple):
@@ -29,29 +33,57 @@ class Gallery(NamedTuple):
     """(M,) the row in `images` of the picture that a text describes"""
 
 
-def embed_shards(model: Model, shards: ShardSet, batch_size: int = 128) -> Gallery:
-    """All pictures and captions; DataError if there are none.
+def embed_shards(
+    model: Model, shards: ShardSet, batch_size: int = 128, world: World = ALONE
+) -> Gallery:
+    """All pictures and captions, each rank's part of them gathered; DataError if there are none.
 
-    A picture that does not decode is left out with a warning.
+    A picture that does not decode is left out with a warning. Batches hold the same samples
+    however many ranks there are, so that the vectors do not depend on it.
     """
-    images, captions, text_of = [], [], []
-    row = 0
-    for batch in batched(read_pixels(model, shards), batch_size):
-        images.append(embed_pixels(model, [pixels for pixels, _ in batch]))
-        for _, texts in batch:
-            captions += texts
-            text_of += [row] * len(texts)
-            row += 1
+    vectors, own_captions = [_no_rows(model)], []
+    rows = _own_rows(len(shards), batch_size, world)
+    for start in range(rows.start, rows.stop, batch_size):
+        part = range(start, min(start + batch_size, rows.stop))
+        batch = list(read_pixels(model, shards, part))
+        own_captions += [captions for _, captions in batch]
+        if batch:
+            vectors.append(embed_pixels(model, [pixels for pixels, _ in batch]))
+    captions_of = [captions for part in world.collect(own_captions) for captions in part]
+    captions = [caption for captions in captions_of for caption in captions]
     if not captions:
         raise DataError(f"{shards.location} holds no captioned pictures to evaluate on")
+    own = _own_rows(len(captions), _TEXT_BATCH, world)
+    texts = embed_texts(model, captions[own.start : own.stop], _TEXT_BATCH)
     return Gallery(
-        np.concatenate(images), embed_texts(model, captions), captions, np.array(text_of)
+        _gather(np.concatenate(vectors), world),
+        _gather(texts, world),
+        captions,
+        np.repeat(np.arange(len(captions_of)), [len(captions) for captions in captions_of]),
     )
 
 
-def read_pixels(model: Model, shards: ShardSet) -> Iterator[tuple[np.ndarray, list[str]]]:
-    """Each good picture, (3, H, W) uint8 at the model's size, and its captions."""
-    for i in range(len(shards)):
+def _own_rows(count: int, batch_size: int, world: World) -> range:
+    """This rank's part, in whole batches."""
+    batches = -(-count // batch_size)
+    own = range(batches)[world.stripe(batches)]
+    return range(own.start * batch_size, min(own.stop * batch_size, count))
+
+
+def _no_rows(model: Model) -> np.ndarray:
+    return np.empty((0, model.embed_dim), np.float32)
+
+
+def _gather(rows: np.ndarray, world: World) -> np.ndarray:
+    counts = world.exchange(len(rows))[:, 0].tolist()
+    return world.gather(torch.from_numpy(rows), counts).numpy()
+
+
+def read_pixels(
+    model: Model, shards: ShardSet, rows: range | None = None
+) -> Iterator[tuple[np.ndarray, list[str]]]:
+    """Each good picture, (3, H, W) uint8 at the model's size, and its captions; all, or of rows."""
+    for i in range(len(shards)) if rows is None else rows:
         try:
             sample = shards.read(i)
             picture = decode(sample.image, model.transform)

@@ -22,6 +22,7 @@ from clipserve.metrics import ranks_of_best, recalls
 from clipserve.model import Model
 from clipserve.shards import ShardSet
 from clipserve.text import Tokens
+from training.distributed import ALONE, World
 from training.evaluate.gallery import Gallery, read_pixels
 
 _CHUNK_ROWS = 1024
@@ -37,13 +38,15 @@ def evaluate_reranked(
     k: int,
     score: RerankScore = "matching",
     prefix: str = "",
+    world: World = ALONE,
 ) -> dict[str, float]:
     """Recall at 1, 5, 10 both ways, as `clipserve.metrics.retrieval`, after matching.
 
     The first k by cosine (all, where there are fewer) are ordered by `score`: the logit of a match
     (ALBEF), its sum with the cosine (LAVIS), or with the contrastive logit, the model's scale times
     the cosine. The last takes both answers as evidence, which helps while matching is the weaker.
-    What comes after them stays where it was. ConfigError for a model without fusion layers.
+    What comes after them stays where it was. ConfigError for a model without fusion layers. Ranks
+    but the first only help with the matching.
     """
     check_fusion(model)
     texts_of = _nearest(gallery.images, gallery.texts, k)
@@ -54,7 +57,9 @@ def evaluate_reranked(
         images_of * num_texts + np.arange(num_texts)[:, None],  # (M, k)
     ]
     pairs = np.unique(np.concatenate([codes.ravel() for codes in wanted]))  # sorted by image
-    scores = _match(model, shards, gallery, pairs)
+    scores = _match(model, shards, gallery, pairs, world)
+    if not world.is_main:
+        return {}
     if score != "matching":
         factor = model.logit_scale.item() if score == "matching+contrastive" else 1.0
         scores = scores + factor * _cosine(gallery, pairs)
@@ -89,13 +94,22 @@ def _cosine(gallery: Gallery, pairs: np.ndarray) -> np.ndarray:
 
 
 @torch.inference_mode()
-def _match(model: Model, shards: ShardSet, gallery: Gallery, pairs: np.ndarray) -> np.ndarray:
-    """(P,) float32 logits of a match of pairs that are sorted by image."""
+def _match(
+    model: Model,
+    shards: ShardSet,
+    gallery: Gallery,
+    pairs: np.ndarray,
+    world: World = ALONE,
+) -> np.ndarray:
+    """(P,) float32 logits of a match of pairs that are sorted by image; ranks take turns."""
     image, text = np.divmod(pairs, len(gallery.texts))
     tokens = model.tokenizer(gallery.captions)
-    logits = np.empty(len(pairs), np.float32)
+    logits = np.zeros(len(pairs), np.float32)
     first = 0
-    for block in batched(read_pixels(model, shards), _IMAGES_AT_A_TIME):
+    for turn, block in enumerate(batched(read_pixels(model, shards), _IMAGES_AT_A_TIME)):
+        if turn % world.size != world.rank:
+            first += len(block)
+            continue
         image_states = _encode_images(model, [pixels for pixels, _ in block])
         begin, end = np.searchsorted(image, [first, first + len(block)])
         needed, row = np.unique(text[begin:end], return_inverse=True)
@@ -108,7 +122,7 @@ def _match(model: Model, shards: ShardSet, gallery: Gallery, pairs: np.ndarray) 
             )
             logits[begin + chosen] = to_numpy(found[:, 1])
         first += len(block)
-    return logits
+    return world.total(torch.from_numpy(logits)).numpy()
 
 
 def _encode_images(model: Model, pixels: Sequence[np.ndarray]) -> Tensor:
