@@ -143,6 +143,8 @@ class TrainConfig(Section):
     """compute the layers' activations again in backward: less memory, a third more time"""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile the towers; auto does so on a GPU only"""
+    sharding: Literal["none", "fsdp"] = "none"
+    """fsdp: each of several processes keeps a part of the weights and moments, for large models"""
     log_every: Annotated[int, Field(ge=1)] = 10
     """steps between lines of metrics.jsonl"""
     checkpoint_every_steps: Annotated[int, Field(ge=1)] | None = None

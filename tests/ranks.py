@@ -1,9 +1,10 @@
 """A step of the training loop for each kind of objective, in one process and in several.
 
-    python tests/ranks.py FOLDER
+    python tests/ranks.py FOLDER [split CASE ...]
 
 Writes FOLDER/SIZE-COUNT.pt: what a batch of COUNT rows, spread over SIZE processes, gave in each of
-CASES. The processes are forked from this one, which has imported everything.
+CASES, or in some with weights that are split over the processes. These are forked from this one,
+which has imported everything.
 
 Weights are far from their small first values, so that what differs is an error and not rounding.
 """
@@ -32,8 +33,9 @@ from clipserve.embed import prepare
 from clipserve.model import Model, ModelInfo, assemble, create
 from clipserve.text import Tokenizer
 from clipserve.towers import build_network
-from training.distributed import World, connect
+from training.distributed import World, connect, is_split
 from training.forward import Networks, modules_of
+from training.fsdp import split
 from training.networks import build
 from training.recipe import Run
 from training.state import Counters, State
@@ -121,16 +123,22 @@ def furnish(folder: Path) -> None:
 
 
 def measure(
-    case: Case, count: int, world: World, folder: Path, *, autocast: bool = False
+    case: Case,
+    count: int,
+    world: World,
+    folder: Path,
+    *,
+    autocast: bool = False,
+    splits: bool = False,
 ) -> dict[str, Tensor]:
     """A step's loss, its terms and reports, every gradient, and the queue, by name."""
-    run = make_run(case, world, folder, autocast)
+    run = make_run(case, world, folder, autocast, splits)
     ranks = [World(rank, world.size) for rank in range(world.size)]
     counts = [len(range(count)[rank.stripe(count)]) for rank in ranks]
     losses = train_step(run, make_batch(run, count), counts)
     trained = [*run.state.model.named_parameters(), *run.networks.heads.named_parameters()]
     found = losses | {
-        f"gradient of {name}": torch.zeros_like(p) if p.grad is None else p.grad
+        f"gradient of {name}": whole(torch.zeros_like(p) if p.grad is None else p.grad)
         for name, p in trained
     }
     if run.networks.queue is not None:
@@ -138,8 +146,18 @@ def measure(
     return found
 
 
+def whole(tensor: Any) -> Tensor:
+    found: Tensor = tensor.full_tensor() if is_split(tensor) else tensor
+    return found
+
+
 def make_run(
-    case: Case, world: World, folder: Path, autocast: bool = False, **settings: Any
+    case: Case,
+    world: World,
+    folder: Path,
+    autocast: bool = False,
+    splits: bool = False,
+    **settings: Any,
 ) -> Run:
     """What the loop works on, but for data; `settings` are those of `train`."""
     objectives = [
@@ -166,6 +184,10 @@ def make_run(
     if networks.queue is not None:
         image, text = F.normalize(torch.randn(2, len(QUEUED), model.embed_dim), dim=2)
         networks.queue.push(image, text, torch.tensor(QUEUED))
+    if splits:
+        for root in (networks.model, networks.momentum):
+            if root is not None:
+                split(root, world, is_trained=root is model)
     order: Any = SimpleNamespace(order=SimpleNamespace(batches_per_epoch=2))
     parameters = [*model.parameters(), *networks.heads.parameters()]
     return Run(
@@ -232,8 +254,13 @@ def make_batch(run: Run, count: int) -> Batch:
     )
 
 
-def measure_all(count: int, folder: Path, world: World) -> dict[str, dict[str, Tensor]]:
-    return {name: measure(case, count, world, folder) for name, case in CASES.items()}
+def measure_all(
+    names: list[str], count: int, folder: Path, world: World
+) -> dict[str, dict[str, Tensor]]:
+    splits = bool(names) and world.size > 1
+    return {
+        name: measure(CASES[name], count, world, folder, splits=splits) for name in names or CASES
+    }
 
 
 def be_rank(rank: int, size: int, port: int, work: Callable[[World], object], result: Path) -> None:
@@ -267,13 +294,17 @@ def spread(size: int, work: Callable[[World], object], result: Path) -> None:
         sys.exit(f"{size} processes ended with {failed}")
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, names: list[str]) -> None:
     furnish(folder)
-    for case in CASES.values():
-        make_run(case, World(), folder)  # for what it imports
+    for name in names or CASES:
+        make_run(CASES[name], World(), folder)  # for what it imports
+    if names:
+        import torch._dynamo.convert_frame
+        import torch.distributed.fsdp  # noqa: F401
     for size, count in RUNS:
-        spread(size, partial(measure_all, count, folder), folder / f"{size}-{count}.pt")
+        work = partial(measure_all, names, count, folder)
+        spread(size, work, folder / f"{size}-{count}.pt")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[3:])

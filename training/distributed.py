@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from hashlib import sha256
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +21,10 @@ from torch import Tensor, nn
 from clipserve.errors import ConfigError, TrainingError
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_GONE = "another process of this run is gone; its own message says why"
 
 # Others wait while rank 0 validates and saves. A process that dies is noticed at once, by its
 # closed connection.
@@ -75,11 +79,12 @@ class World:
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Add up the gradients of all ranks; where only some have one, the others' are zero.
 
-        What no rank has a gradient for keeps none, so that the optimizer leaves it as it is.
+        What no rank has a gradient for keeps none, so that the optimizer leaves it as it is. Of
+        weights that are split over the ranks (`training.fsdp`) torch has done so in the backward.
         """
-        if self.size == 1:
+        trained = [p for p in parameters if p.requires_grad and not is_split(p)]
+        if self.size == 1 or not trained:
             return
-        trained = [p for p in parameters if p.requires_grad]
         found = self.total(torch.tensor([p.grad is not None for p in trained], dtype=torch.int32))
         trained = [p for p, ranks in zip(trained, found.tolist(), strict=True) if ranks]
         for parameter in trained:
@@ -98,6 +103,24 @@ class World:
             with together():
                 for tensor in network.state_dict().values():
                     dist.broadcast(tensor, src=0)
+
+    def collect(self, value: T) -> list[T]:
+        """What every rank gave, in the order of ranks."""
+        if self.size == 1:
+            return [value]
+        given: list[T] = [value] * self.size
+        with together():
+            dist.all_gather_object(given, value)
+        return given
+
+    def tell(self, text: str) -> str:
+        """What rank 0 says."""
+        if self.size == 1:
+            return text
+        said = [text]
+        with together():
+            dist.broadcast_object_list(said, src=0)
+        return said[0]
 
     def agrees(self, value: bytes) -> bool:
         """Whether every rank gave the same."""
@@ -137,15 +160,29 @@ class _Gather(torch.autograd.Function):
         return whole[ctx.first : ctx.first + ctx.count], None, None
 
 
+def is_split(tensor: Tensor) -> bool:
+    """Whether each rank has a part of it: a DTensor, whose class takes a second to import."""
+    return hasattr(tensor, "placements")
+
+
 @contextlib.contextmanager
 def together() -> Iterator[None]:
     """Around what the ranks do with each other: TrainingError when one of them is gone."""
     try:
         yield
     except RuntimeError as error:
-        raise TrainingError(
-            "another process of this run is gone; its own message says why"
-        ) from error
+        raise TrainingError(_GONE) from error
+
+
+@contextlib.contextmanager
+def within_step() -> Iterator[None]:
+    """Likewise around a step, in which torch lets ranks with split weights talk to each other."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            raise TrainingError(_GONE) from error
+        raise
 
 
 @contextlib.contextmanager

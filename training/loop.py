@@ -21,7 +21,7 @@ from clipserve.files import write_atomic
 from clipserve.model import Model
 from training.clock import Clock
 from training.data import open_data
-from training.distributed import connect
+from training.distributed import ALONE, connect, within_step
 from training.evaluate.retrieval import evaluate_retrieval
 from training.guard import (
     SkippedStep,
@@ -137,7 +137,7 @@ def _loop(run: Run, directory: RunDirectory, tracker: Tracker, signals: Signals)
         nonlocal last_save, saved_step
         if counters.step == saved_step:
             return
-        if world.is_main:
+        if world.is_main or state.is_split:
             _save(run, directory, metrics if is_scored else {})
         last_save, saved_step = time.monotonic(), counters.step
 
@@ -160,7 +160,7 @@ def _loop(run: Run, directory: RunDirectory, tracker: Tracker, signals: Signals)
             due = Wish.NOTHING if fault else _due(config, last_save)
             turn = _agree(run, batch, failure, signals, due)
             if turn.failure is not None:
-                _save_despite(turn.failure, save)
+                _save_despite(turn.failure, save, directory)
                 raise turn.failure
             if Wish.SAVE in turn.wishes or turn.stopped_by:
                 with clock.paused():
@@ -175,12 +175,12 @@ def _loop(run: Run, directory: RunDirectory, tracker: Tracker, signals: Signals)
             seed_step(config.train.seed, counters.step, world.rank)
             fault = None
             try:
-                with keeping_statistics(state.model.network):
+                with within_step(), keeping_statistics(state.model.network):
                     losses = train_step(run, batch, turn.counts)
             except SkippedStep as skipped_step:
                 fault, losses = skipped_step, skipped_step.losses
             except TrainingError as error:  # a rank is gone; no weight was changed yet
-                _save_despite(error, save)
+                _save_despite(error, save, directory)
                 raise
             counters.step += 1
             counters.samples += sum(turn.counts)
@@ -196,7 +196,7 @@ def _loop(run: Run, directory: RunDirectory, tracker: Tracker, signals: Signals)
                 _skip(run, batch, fault, directory, tracker)
                 end = find_end(counters, config.train.max_skipped, fault, last, directory.path)
                 if end is not None:
-                    _save_despite(end, save)
+                    _save_despite(end, save, directory)
                     raise end
 
             # ---- log
@@ -223,7 +223,7 @@ def _loop(run: Run, directory: RunDirectory, tracker: Tracker, signals: Signals)
                 continue
             with clock.paused():
                 if epoch_ended or last:
-                    if run.val is not None and world.is_main:
+                    if run.val is not None:
                         metrics = _evaluate(run)
                         tracker.log(counters.step, metrics)
                     if early_stop is not None:
@@ -316,12 +316,14 @@ def _find_too_many_bad(run: Run, good: int, batch: Batch) -> ClipserveError | No
     )
 
 
-def _save_despite(failure: Exception, save: Callable[[], None]) -> None:
+def _save_despite(failure: Exception, save: Callable[[], None], directory: RunDirectory) -> None:
     """Save the steps done so far; if that fails too, the first failure is still the one to tell."""
     try:
         save()
-    except (OSError, TrainingError) as error:
+    except (CheckpointError, TrainingError) as error:
         failure.add_note(f"and no checkpoint could be written: {error}")
+        if (directory.path / "latest").exists():
+            failure.add_note(f"the last one is {(directory.path / 'latest').resolve()}")
 
 
 def _skip(
@@ -345,10 +347,15 @@ def _skip(
 
 
 def _evaluate(run: Run) -> dict[str, float]:
-    """Retrieval on the validation shards, by the model as it would be served."""
+    """Retrieval on the validation shards, by the model as it would be served.
+
+    All ranks take part, the first has the numbers.
+    """
     assert run.val is not None
-    trained = run.state.served
-    network = copy.deepcopy(trained.network)  # the tokenizer's tables would take longer
+    trained = run.state.whole()
+    network = trained.network
+    if not run.state.is_split:
+        network = copy.deepcopy(network)  # the tokenizer's tables would take longer
     served = Model(
         network, trained.architecture, trained.transform, trained.tokenizer, trained.info
     )
@@ -360,6 +367,7 @@ def _evaluate(run: Run) -> dict[str, float]:
         prefix="val/",
         rerank=settings.rerank,
         score=settings.rerank_score,
+        world=run.world,
     )
 
 
@@ -385,4 +393,5 @@ def _save(run: Run, directory: RunDirectory, scores: dict[str, float]) -> None:
         "training": summary,
         "data_fingerprint": "+".join(d.fingerprint for d in run.stream.data.datasets),
     }
-    directory.save(run.state, description, is_best)
+    world = run.world if run.state.is_split else ALONE
+    directory.save(run.state, description, is_best, world)

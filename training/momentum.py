@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from clipserve.errors import ConfigError
 from clipserve.objectives import Objective, find_momentum
+from training.fsdp import own_part
 
 
 class Twin(nn.Module):
@@ -57,13 +58,14 @@ class Twin(nn.Module):
         averaged: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = defaultdict(
             lambda: ([], [])  # one fused call for each dtype
         )
-        for name, value in self.state_dict().items():
+        for name, split in self.state_dict().items():
+            value = own_part(split)
             if value.is_floating_point():
                 own, other = averaged[value.dtype]
                 own.append(value)
-                other.append(online[name])
+                other.append(own_part(online[name]))
             else:
-                value.copy_(online[name])
+                value.copy_(own_part(online[name]))
         for own, other in averaged.values():
             torch._foreach_lerp_(own, other, 1 - keep)
 

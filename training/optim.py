@@ -9,6 +9,7 @@ import torch
 from clipserve.errors import ConfigError
 from clipserve.model import Model
 from clipserve.optim import PARTS, OptimConfig
+from training.distributed import is_split
 from training.frozen import Frozen
 from training.parts import Weight, count_layers
 
@@ -75,9 +76,8 @@ def parameter_groups(
             "peak": peak,
             "begin": begin,
         }
-        groups.setdefault(tuple(group.values()), {"params": [], **group})["params"].append(
-            weight.parameter
-        )
+        alike = (*group.values(), is_split(weight.parameter))  # torch updates one kind at a time
+        groups.setdefault(alike, {"params": [], **group})["params"].append(weight.parameter)
     return list(groups.values())
 
 

@@ -24,6 +24,7 @@ _BEGINNINGS = {
     "logit_": "logit_",
 }
 _LAYER = re.compile(r"^(.*?\b(?:resblocks|blocks|layers?|fusion|cross_attn))\.(\d+)\.")
+_IS_LAYER = re.compile(r"\b(?:resblocks|blocks|layers?|fusion|cross_attn)\.\d+$")
 _BELOW_LAYERS = re.compile(
     r"\.(conv1|ln_pre|norm_pre|cls_token|reg_token|cls_emb|\w*embed\w*)(\.|$)"
 )
@@ -83,6 +84,11 @@ def count_layers(weights: Iterable[Weight]) -> int | None:
     if len({weight.stack for weight in layered}) != 1:
         return None
     return 1 + max(weight.layer or 0 for weight in layered)
+
+
+def is_layer(name: str) -> bool:
+    """Whether a module of this name is one of a tower's layers."""
+    return _IS_LAYER.search(name) is not None
 
 
 def _rename(name: str) -> str:

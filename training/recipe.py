@@ -30,6 +30,8 @@ from training.distributed import World
 from training.forward import Networks, modules_of
 from training.frozen import Frozen
 from training.frozen import choose as choose_frozen
+from training.fsdp import check as check_fsdp
+from training.fsdp import skeleton, split
 from training.momentum import Twin
 from training.networks import build as build_networks
 from training.optim import build_optimizer, check_steps
@@ -71,18 +73,21 @@ def prepare(config: Config, data: Data, world: World, vocabulary: Path | None = 
     """
     device = _device(config, world)
     _check_metrics(config, data)
+    check_fsdp(config)
     torch.manual_seed(config.train.seed)
     model = build_model(config, vocabulary).to(device)
     _check_rerank(config, model)
     compile_towers = _use_compile(config, device)
     networks = build_networks(config, model, world, compile_towers)
+    for module in (model.network, *modules_of(networks).values()):
+        world.same_weights(module)
+    ema = Twin(model.network, config.train.ema) if config.train.ema else None
+    hollow = _split(config, networks, ema, world)
     weights = find_weights(model.network, networks.heads)
     frozen = _freeze(config, weights, networks)
     if config.train.accum_freq > 1:
         check_separable(model.network, thaws=frozen.until is not None)
     optimizer = build_optimizer(model, config.optim, weights, frozen)
-    for module in (model.network, *modules_of(networks).values()):
-        world.same_weights(module)
     stream = _build_stream(config, data, model, world, compile_towers)
     if not world.agrees(repr(stream.order.identity).encode()):
         raise DataError(
@@ -100,7 +105,8 @@ def prepare(config: Config, data: Data, world: World, vocabulary: Path | None = 
             optimizer,
             stream.order.identity,
             modules_of(networks),
-            ema=Twin(model.network, config.train.ema) if config.train.ema else None,
+            ema=ema,
+            skeleton=hollow,
         ),
         stream=stream,
         val=data.val,
@@ -112,6 +118,19 @@ def prepare(config: Config, data: Data, world: World, vocabulary: Path | None = 
         frozen=frozen,
         work=measure(model, find_peak(device, autocast, config.train.peak_tflops)),
     )
+
+
+def _split(config: Config, networks: Networks, ema: Twin | None, world: World) -> nn.Module | None:
+    """Where `train.sharding` says so, leave each rank its part; what the whole is gathered in."""
+    if config.train.sharding == "none" or world.size == 1:
+        return None
+    model = networks.model
+    hollow = skeleton(model.network)
+    split(model, world)
+    for copied in (networks.momentum, ema and ema.network):
+        if copied is not None:
+            split(copied, world, is_trained=False)
+    return hollow
 
 
 def _freeze(config: Config, weights: list[Weight], networks: Networks) -> Frozen:
@@ -258,6 +277,8 @@ def _use_compile(config: Config, device: torch.device) -> bool:
     """On a CPU only when asked for: there two text lengths of the tiny preset took 200 s to compile
     for a step that was a tenth faster (2 cores, 2026-11)."""
     wanted = config.train.compile
+    if config.train.sharding != "none":
+        return False
     compiler = shutil.which("g++") or shutil.which("clang++")
     if wanted == "on" and not compiler:
         raise ConfigError("train.compile = on needs a C++ compiler; install g++ or use off")

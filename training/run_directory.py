@@ -17,6 +17,7 @@ from typing import Any
 from clipserve import checkpoint
 from clipserve.errors import CheckpointError, ConfigError
 from clipserve.files import link_atomic, new_directory
+from training.distributed import ALONE, World
 from training.runs import LOCK
 from training.state import State
 
@@ -94,17 +95,46 @@ class RunDirectory:
             (self.path / "best").unlink(missing_ok=True)
             state.counters.best = None
 
-    def save(self, state: State, description: dict[str, Any], is_best: bool) -> None:
+    def save(
+        self, state: State, description: dict[str, Any], is_best: bool, world: World = ALONE
+    ) -> None:
         """Write checkpoints/step-N, then move `best` and `latest`, then drop old ones.
 
-        `description` are the arguments that say of the model how it was trained.
+        `description` are the arguments that say of the model how it was trained. A state that is
+        split over the ranks all of them save at once. CheckpointError names the one before.
         """
         name = f"step-{state.counters.step:09d}"
+        try:
+            with self._new_checkpoint(name, world) as folder:
+                model = state.whole()
+                if world.is_main:
+                    title = self.path.resolve().name
+                    checkpoint.write_into(folder, model, name=title, **description)
+                state.save(folder, world)
+            if world.is_main:
+                self._link(name, is_best)
+        except OSError as error:
+            raise CheckpointError(self._explain(name, error)) from error
+
+    @contextlib.contextmanager
+    def _new_checkpoint(self, name: str, world: World) -> Iterator[Path]:
+        """The folder to fill, on every rank; it counts when rank 0's block ends."""
+        if not world.is_main:
+            yield Path(world.tell(""))
+            return
         with new_directory(self.path / "checkpoints" / name) as folder:
-            checkpoint.write_into(
-                folder, state.served, name=self.path.resolve().name, **description
-            )
-            state.save(folder)
+            world.tell(str(folder))
+            yield folder
+
+    def _explain(self, name: str, error: OSError) -> str:
+        before = (self.path / "latest").resolve()
+        whole = f"{before} is whole" if before.exists() else "there is none before it"
+        return (
+            f"checkpoint {name} cannot be written: {error.strerror or error}; {whole}: put that"
+            " right and run the same command again"
+        )
+
+    def _link(self, name: str, is_best: bool) -> None:
         if is_best:  # first: what `latest` says was best must be linked
             link_atomic(self.path / "best", f"checkpoints/{name}")
         link_atomic(self.path / "latest", f"checkpoints/{name}")

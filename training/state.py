@@ -6,10 +6,10 @@ checkpoint may come from anywhere. Random generators are not in it because none 
 each step seeds its own from (seed, step, rank), see `seed_step`. Start at `State`.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,18 @@ from torch import Tensor, nn
 from clipserve import checkpoint
 from clipserve.config import EarlyStop
 from clipserve.errors import CheckpointError
-from clipserve.files import save_tensors
-from clipserve.files import sha256 as file_sha256
+from clipserve.files import sha256
 from clipserve.model import Model
+from training import state_files
+from training.distributed import ALONE, World
+from training.fsdp import gather, place
 from training.momentum import Twin
 from training.order import Position, Purpose
 
 FORMAT_VERSION = 4
 _OLDEST_READ = 3
 _STATE = "state.json"
-_OPTIMIZER = "optimizer.safetensors"
+_OPTIMIZER = "optimizer"
 
 
 @dataclass
@@ -70,7 +72,8 @@ class State:
 
     `order` is SampleOrder.identity: a run only goes on over the order that it began with. `extras`
     are modules beside the model whose parameters and buffers belong to the run. With an average of
-    the weights, `ema`, that is what the model directory holds, and state/ holds the weights.
+    the weights, `ema`, that is what the model directory holds, and state/ holds the weights. Where
+    the weights are split over the ranks there is the `skeleton` of a network to gather them in.
     """
 
     model: Model
@@ -80,6 +83,7 @@ class State:
     position: Position = Position()
     counters: Counters = field(default_factory=Counters)
     ema: Twin | None = None
+    skeleton: nn.Module | None = None
 
     @property
     def served(self) -> Model:
@@ -89,21 +93,37 @@ class State:
         own = self.model
         return Model(self.ema.network, own.architecture, own.transform, own.tokenizer, own.info)
 
-    def save(self, folder: Path) -> None:
-        """Write state/ into a new checkpoint folder."""
+    @property
+    def is_split(self) -> bool:
+        """Whether each rank has a part of it only."""
+        return self.skeleton is not None
+
+    def whole(self) -> Model:
+        """`served`, with all its weights; where they are split, all ranks have to ask at once."""
+        own = self.served
+        if self.skeleton is None:
+            return own
+        network = gather(own.network, self.skeleton)
+        return Model(network, own.architecture, own.transform, own.tokenizer, own.info)
+
+    def save(self, folder: Path, world: World = ALONE) -> None:
+        """Write state/ into a new checkpoint folder; of a split state, each rank its part."""
         state = folder / "state"
-        state.mkdir()
-        files = {_OPTIMIZER: _moments(self.optimizer, self._names())}
-        files |= {f"{name}.safetensors": m.state_dict() for name, m in self._modules.items()}
-        for name, tensors in files.items():
-            save_tensors(tensors, state / name)
+        state.mkdir(exist_ok=True)  # another rank may be here already
+        tensors = {_OPTIMIZER: _moments(self.optimizer, self._names())}
+        tensors |= {name: module.state_dict() for name, module in self._modules.items()}
+        for name, some in tensors.items():
+            state_files.write(state, name, some, world)
+        if not world.is_main:
+            return
+        files = sorted(file.relative_to(state).as_posix() for file in state.rglob("*.safetensors"))
         content = {
             "format_version": FORMAT_VERSION,
             "position": asdict(self.position),
             "counters": asdict(self.counters),
             "order": dict(self.order),
             "optimizer": _name(self.optimizer),
-            "files": {name: file_sha256(state / name) for name in files},
+            "files": {name: sha256(state / name) for name in files},
         }
         content["checksum"] = _checksum(content)
         (state / _STATE).write_text(json.dumps(content, indent=1))
@@ -113,8 +133,6 @@ class State:
 
         Raises CheckpointError if it is damaged, of another architecture, or of another order.
         """
-        from safetensors.torch import load_file
-
         saved = checkpoint.load_for_training(directory)
         if saved.architecture != self.model.architecture:
             raise CheckpointError(
@@ -124,32 +142,34 @@ class State:
         _check_order(directory, content["order"], self.order)
         _check_optimizer(directory, content.get("optimizer", "AdamW"), self.optimizer)
         self._check_extras(directory, set(content["files"]))
-        moments = load_file(directory / "state" / _OPTIMIZER)
+        state, trained = directory / "state", self._parameters
         try:
+            moments = state_files.read(state, _OPTIMIZER, lambda key: trained.get(_owner(key)))
             optimizer = _optimizer_state(self.optimizer, self._names(), moments)
             for name, module in self._modules.items():
-                module.load_state_dict(load_file(directory / "state" / f"{name}.safetensors"))
+                module.load_state_dict(state_files.read(state, name, module.state_dict().get))
         except (RuntimeError, ValueError) as error:
             first = " ".join(str(error).split())[:200]
             raise CheckpointError(
                 f"{directory} was written with other objectives or sizes than this run's ({first});"
                 " change them back, or start anew in another `out`"
             ) from None
-        self.served.network.load_state_dict(saved.network.state_dict())
+        network = self.served.network
+        own = network.state_dict()
+        whole = saved.network.state_dict()
+        network.load_state_dict({name: place(whole[name], own[name]) for name in whole})
         self.optimizer.load_state_dict(optimizer)
         self.position = Position(**content["position"])
         self.counters = Counters(**content["counters"])
 
     def _check_extras(self, directory: Path, files: set[str]) -> None:
-        needed = {f"{name}.safetensors" for name in self._modules}
-        for what, names in (
-            ("lacks", needed - files),
-            ("holds", files - needed - {_OPTIMIZER}),
-        ):
+        needed, found = {*self._modules, _OPTIMIZER}, {_stem(name) for name in files}
+        for what, names in (("lacks", needed - found), ("holds", found - needed)):
             if names:
                 verb = "need" if what == "lacks" else "have no use for"
+                listed = ", ".join(f"{name}.safetensors" for name in sorted(names))
                 raise CheckpointError(
-                    f"{directory} {what} {', '.join(sorted(names))}, which this run's objectives"
+                    f"{directory} {what} {listed}, which this run's objectives"
                     f" or train.ema {verb}; change them back, or start anew in another `out`"
                 )
 
@@ -158,13 +178,18 @@ class State:
         """What state/ holds in a file each."""
         return {**self.extras, **({"network": self.model.network} if self.ema is not None else {})}
 
-    def _names(self) -> dict[int, str]:
-        """The name of each trained parameter, by its identity."""
-        named = [*self.model.network.named_parameters()]
+    @property
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        """All that may be trained, by name."""
+        named = dict(self.model.network.named_parameters())
         if "heads" in self.extras:
             heads = self.extras["heads"].named_parameters()
-            named += [(f"heads.{name}", parameter) for name, parameter in heads]
-        return {id(parameter): name for name, parameter in named}
+            named |= {f"heads.{name}": parameter for name, parameter in heads}
+        return named
+
+    def _names(self) -> dict[int, str]:
+        """The name of each trained parameter, by its identity."""
+        return {id(parameter): name for name, parameter in self._parameters.items()}
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -184,7 +209,7 @@ def _read_state(state: Path) -> dict[str, Any]:
     try:
         text = (state / _STATE).read_text()
         content: dict[str, Any] = json.loads(text)
-        digests = {name: file_sha256(state / Path(name).name) for name in content["files"]}
+        digests = {name: sha256(state / _within(name)) for name in content["files"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{state} cannot be resumed from: {error}") from None
     if text != json.dumps(content, indent=1) or content.get("checksum") != _checksum(content):
@@ -203,6 +228,16 @@ def _read_state(state: Path) -> dict[str, Any]:
         if digest != content["files"][name]:
             raise CheckpointError(f"{state / name} is damaged; resume from another checkpoint")
     return content
+
+
+def _within(name: str) -> Path:
+    """A file of state/ or of a folder in it, whatever `name` says: it comes from anywhere."""
+    return Path(*[part for part in Path(name).parts if part not in ("/", "..")][-2:])
+
+
+def _stem(name: str) -> str:
+    """What a file of state/ is of."""
+    return name.split("/")[0].removesuffix(".safetensors")
 
 
 def _check_order(directory: Path, before: dict[str, Any], now: Mapping[str, Any]) -> None:
@@ -230,7 +265,7 @@ def _name(optimizer: torch.optim.Optimizer) -> str:
 
 def _checksum(content: dict[str, Any]) -> str:
     rest = {key: value for key, value in content.items() if key != "checksum"}
-    return sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _moments(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[str, Tensor]:
@@ -241,6 +276,11 @@ def _moments(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> dict
         for moment, value in moments.items()
         if isinstance(value, Tensor)  # timm's Muon also keeps which group a parameter is of
     }
+
+
+def _owner(key: str) -> str:
+    """The parameter that a moment is of."""
+    return key.partition("/")[2]
 
 
 def _optimizer_state(

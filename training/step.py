@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from training.forward import attention_kernel, look, precision
+from training.fsdp import clip_gradients, gradient_norm
 from training.guard import check_step
 from training.momentum import alpha_ramp, ramped
 from training.optim import clamp_logit_scale
@@ -49,15 +50,13 @@ def train_step(run: Run, batch: Batch, counts: list[int]) -> dict[str, Tensor]:
     world.sum_gradients(run.parameters)
     numbers = {"loss": total, **shares, **step.reports}
     summed = world.total(torch.stack([value.float() for value in numbers.values()]))
-
     losses = dict(zip(numbers, summed, strict=True))
 
     # ---- update
-    limit = run.config.optim.grad_clip
-    norm = torch.nn.utils.get_total_norm([p.grad for p in run.parameters if p.grad is not None])
+    norm = gradient_norm(run.parameters, world)
     check_step(state.counters, run.config.train, losses, norm)
-    if limit is not None:
-        torch.nn.utils.clip_grads_with_norm_(run.parameters, limit, norm)
+    if run.config.optim.grad_clip is not None:
+        clip_gradients(run.parameters, run.config.optim.grad_clip, norm)
     state.optimizer.step()
     clamp_logit_scale(state.model)
 
