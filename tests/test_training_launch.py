@@ -97,16 +97,16 @@ def start(shards: Path, out: Path, *more: str) -> subprocess.Popen[str]:
 def test_a_lost_process_is_named_and_the_run_goes_on_from_its_checkpoint(
     shards: Path, tmp_path: Path
 ) -> None:
-    steps = ["train.steps=400", "train.checkpoint_every_steps=3"]
+    steps = ["train.steps=40", "train.checkpoint_every_steps=3"]
     launched = start(shards, tmp_path / "run", *steps, "--processes=2", "--max-restarts=1")
     assert launched.stdout is not None
-    while "step 5/400" not in launched.stdout.readline():
+    while "step 5/40" not in launched.stdout.readline():
         assert launched.poll() is None
     kill_rank(launched.pid, 1)
     said, errors = launched.communicate(timeout=600)
     assert launched.returncode == 0, errors
     assert "process 1 of this run was killed by SIGKILL; restart 1 of 1" in errors
-    assert said.count("trained 400 steps") == 1  # by process 0 alone
+    assert said.count("trained 40 steps") == 1  # by process 0 alone
     whole = start(shards, tmp_path / "whole", *steps)
     assert whole.communicate(timeout=600)
     expected = losses(tmp_path / "whole")
