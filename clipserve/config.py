@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from clipserve.config_text import describe, explain, nearest, to_toml
 from clipserve.errors import ConfigError
+from clipserve.lora import LoraConfig
 from clipserve.objectives import Contrastive, Objective, check_objectives
 from clipserve.optim import OptimConfig
 from clipserve.sections import Section, Weight
@@ -191,6 +192,7 @@ class Config(Section):
     data: DataConfig
     objectives: tuple[Objective, ...] = (Contrastive(name="contrastive"),)
     optim: OptimConfig = OptimConfig()
+    lora: LoraConfig | None = None
     train: TrainConfig
 
     @model_validator(mode="after")
@@ -210,6 +212,12 @@ class Config(Section):
             raise ValueError(
                 "model.pretrained brings all weights; leave out pretrained_image and"
                 " pretrained_text"
+            )
+        if self.lora is not None and not self.model.pretrained:
+            raise ValueError("lora adapts a trained model; name it as model.pretrained")
+        if self.lora is not None and self.optim.unfreeze_after_steps is not None:
+            raise ValueError(
+                "optim.unfreeze_after_steps would train the weights that lora adapts; use one"
             )
         if self.model.architecture is None and self.model.pretrained is None:
             raise ValueError(

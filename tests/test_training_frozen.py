@@ -39,8 +39,8 @@ def test_a_later_pattern_wins(tiny_model: Model) -> None:
         (["image.prj"], r"did you mean 'image\.proj'"),
         (["fusion.*"], r"'fusion\.\*' names no weight"),
         (["qqq"], r"there are text\.\*, logit_scale, image\.\*"),
-        (["image.*", "image.proj"], r"'image\.proj' has no effect, .* is frozen already"),
-        (["image.*", "!text.*"], r"'!text\.\*' has no effect, .* is not frozen"),
+        (["image.*", "image.proj"], r"'image\.proj' has no effect, .* is chosen already"),
+        (["image.*", "!text.*"], r"'!text\.\*' has no effect, .* is not chosen"),
         (["*"], "leaves nothing to train"),
     ],
 )

@@ -90,6 +90,15 @@ def test_layers_learn_slower_the_deeper_they_are(architecture: Any) -> None:
     assert rates["logit_scale"] == 1.0
 
 
+def test_layer_decay_counts_the_frozen_layers_too(architecture: Any) -> None:
+    architecture["vision_cfg"]["layers"] = 2
+    weights = find_weights(create(architecture).network)
+    frozen = Frozen(choose(weights, ["image.transformer.resblocks.1.*", "image.proj", "text.*"]))
+    config = settings(lr=1.0, layer_decay=0.5)
+    found = learns(parameter_groups(weights, config, frozen), weights)
+    assert found["image.transformer.resblocks.0.mlp.c_fc.weight"][0] == 0.25
+
+
 def test_layer_decay_of_an_albef_counts_the_layers_of_its_text() -> None:
     weights = find_weights(albef().network)
     found = learns(parameter_groups(weights, settings(lr=1.0, layer_decay=0.5)), weights)
@@ -197,6 +206,13 @@ def test_muon_orthogonalises_matrices_within_layers_and_nothing_else(tiny_model:
     names = {weight.name for weight in weights if id(weight.parameter) in routed}
     assert "text.transformer.resblocks.0.attn.in_proj_weight" in names
     assert all(".resblocks." in name and "bias" not in name for name in names)
+
+
+def test_a_table_of_position_biases_within_a_layer_is_no_matrix_to_orthogonalise() -> None:
+    table = nn.Parameter(torch.zeros(9, 2))
+    name = "image.trunk.blocks.0.attn.relative_position_bias_table"
+    assert not Weight(name, table, decays=False).is_hidden_matrix
+    assert Weight("image.trunk.blocks.0.attn.qkv.weight", table, decays=True).is_hidden_matrix
 
 
 def test_muon_without_anything_to_orthogonalise_is_refused(tiny_model: Model) -> None:

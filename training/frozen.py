@@ -19,18 +19,24 @@ def choose(weights: Sequence[Weight], patterns: Sequence[str]) -> list[Weight]:
 
     Raises ConfigError for a pattern that changes nothing, and if nothing is left to train.
     """
+    frozen = match(weights, patterns, "optim.freeze")
+    if len(frozen) == len(weights):
+        raise ConfigError(f"optim.freeze = {list(patterns)} leaves nothing to train")
+    return frozen
+
+
+def match(weights: Sequence[Weight], patterns: Sequence[str], setting: str) -> list[Weight]:
+    """Those that the patterns of `setting` mean; ConfigError for one that changes nothing."""
     names = [weight.name for weight in weights]
-    frozen: set[str] = set()
+    found: set[str] = set()
     for pattern in patterns:
         plain = pattern.removeprefix("!")
         matched = {name for name in names if fnmatchcase(name, plain)}
-        changed = matched & frozen if pattern.startswith("!") else matched - frozen
+        changed = matched & found if pattern.startswith("!") else matched - found
         if not changed:
-            raise ConfigError(_explain(pattern, plain, bool(matched), names))
-        frozen ^= changed
-    if len(frozen) == len(names):
-        raise ConfigError(f"optim.freeze = {list(patterns)} leaves nothing to train")
-    return [weight for weight in weights if weight.name in frozen]
+            raise ConfigError(f"{setting}: {_explain(pattern, plain, bool(matched), names)}")
+        found ^= changed
+    return [weight for weight in weights if weight.name in found]
 
 
 class Frozen:
@@ -74,11 +80,11 @@ def _find_whole(module: nn.Module, frozen: set[int]) -> list[nn.Module]:
 
 def _explain(pattern: str, plain: str, is_known: bool, names: list[str]) -> str:
     if is_known:
-        state = "is not frozen" if pattern.startswith("!") else "is frozen already"
-        return f"optim.freeze: {pattern!r} has no effect, for what it names {state}"
+        state = "is not chosen" if pattern.startswith("!") else "is chosen already"
+        return f"{pattern!r} has no effect, for what it names {state}"
     folders = {".".join(name.split(".")[:n]) + ".*" for name in names for n in (1, 2, 3, 4)}
     known = sorted({*names, *(folder for folder in folders if folder[:-2] not in names)})
     near = difflib.get_close_matches(plain, known, n=1, cutoff=0.5)
     parts = dict.fromkeys(f"{name.split('.')[0]}.*" if "." in name else name for name in names)
     hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(parts)}"
-    return f"optim.freeze: {pattern!r} names no weight; {hint}"
+    return f"{pattern!r} names no weight; {hint}"

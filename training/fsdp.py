@@ -32,6 +32,8 @@ def check(config: Config) -> None:
             f"{with_ours} does not go with the objective {others[0]}, which asks for layers one by"
             f" one; it goes with {', '.join(_OBJECTIVES)}; set train.sharding = none"
         )
+    if config.lora is not None:
+        raise ConfigError(f"{with_ours} does not go with [lora], which fits into one process's memory")
     if config.optim.name != "adamw":
         raise ConfigError(
             f"{with_ours} goes with optim.name = adamw, not {config.optim.name}; set one of them"

@@ -61,8 +61,9 @@ def parameter_groups(
     held = {id(weight.parameter) for weight in frozen.weights} if frozen else set()
     late = frozen.until if frozen else None
     trained = [w for w in weights if late is not None or id(w.parameter) not in held]
-    _check_parts(config, {w.part for w in trained}, {w.part for w in weights})
-    scales = _layer_scales(trained, config)
+    parts = {weight.part for weight in trained}
+    _check_parts(config, parts, {weight.part for weight in weights})
+    scales = _layer_scales([weight for weight in weights if weight.part in parts], config)
     groups: dict[tuple[float, ...], dict[str, Any]] = {}
     for weight in sorted(trained, key=lambda weight: not weight.decays):
         own = config.part(weight.part)

@@ -47,8 +47,8 @@ class Weight:
 
     @property
     def is_hidden_matrix(self) -> bool:
-        """Whether it maps within a layer, not into or out of the network."""
-        return self.parameter.ndim == 2 and self.stack is not None
+        """Whether it maps within a layer, not into or out of the network; a table is no map."""
+        return self.parameter.ndim == 2 and self.stack is not None and self.decays
 
     @property
     def stack(self) -> str | None:

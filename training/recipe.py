@@ -32,6 +32,7 @@ from training.frozen import Frozen
 from training.frozen import choose as choose_frozen
 from training.fsdp import check as check_fsdp
 from training.fsdp import skeleton, split
+from training.lora import Adapters, adapt
 from training.momentum import Twin
 from training.networks import build as build_networks
 from training.optim import build_optimizer, check_steps
@@ -59,11 +60,14 @@ class Run:
     world: World
     frozen: Frozen = field(default_factory=Frozen)
     work: Work | None = None
+    adapters: Adapters = field(default_factory=Adapters)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """All that is trained, now or later or never."""
-        return [*self.state.model.parameters(), *self.networks.heads.parameters()]
+        """All that is trained, now or later or never; not what adapters learn for."""
+        adapted = {id(adapter.target.parameter) for adapter in self.adapters}
+        own = [p for p in self.state.model.parameters() if id(p) not in adapted]
+        return [*own, *self.networks.heads.parameters(), *self.adapters.parameters()]
 
 
 def prepare(config: Config, data: Data, world: World, vocabulary: Path | None = None) -> Run:
@@ -84,10 +88,12 @@ def prepare(config: Config, data: Data, world: World, vocabulary: Path | None = 
     ema = Twin(model.network, config.train.ema) if config.train.ema else None
     hollow = _split(config, networks, ema, world)
     weights = find_weights(model.network, networks.heads)
-    frozen = _freeze(config, weights, networks)
+    frozen, adapters = _freeze(config, weights, networks)
+    world.same_weights(adapters)
     if config.train.accum_freq > 1:
         check_separable(model.network, thaws=frozen.until is not None)
-    optimizer = build_optimizer(model, config.optim, weights, frozen)
+    optimizer = build_optimizer(model, config.optim, adapters.replace(weights), frozen)
+    extras = {**modules_of(networks), **({"lora": adapters} if config.lora else {})}
     stream = _build_stream(config, data, model, world, compile_towers)
     if not world.agrees(repr(stream.order.identity).encode()):
         raise DataError(
@@ -104,7 +110,7 @@ def prepare(config: Config, data: Data, world: World, vocabulary: Path | None = 
             model,
             optimizer,
             stream.order.identity,
-            modules_of(networks),
+            extras,
             ema=ema,
             skeleton=hollow,
         ),
@@ -117,6 +123,7 @@ def prepare(config: Config, data: Data, world: World, vocabulary: Path | None = 
         world=world,
         frozen=frozen,
         work=measure(model, find_peak(device, autocast, config.train.peak_tflops)),
+        adapters=adapters,
     )
 
 
@@ -133,23 +140,27 @@ def _split(config: Config, networks: Networks, ema: Twin | None, world: World) -
     return hollow
 
 
-def _freeze(config: Config, weights: list[Weight], networks: Networks) -> Frozen:
+def _freeze(config: Config, weights: list[Weight], networks: Networks) -> tuple[Frozen, Adapters]:
     """Hold still what the settings say; a line tells how much of the model is trained."""
-    chosen = choose_frozen(weights, config.optim.freeze)
+    chosen, adapters = choose_frozen(weights, config.optim.freeze), Adapters()
+    if config.lora is not None:
+        adapters, chosen = adapt(weights, config.lora, chosen)
     modules = (networks.model.network, networks.heads)
     frozen = Frozen(chosen, modules, config.optim.unfreeze_after_steps)
     if chosen:
-        held = sum(weight.parameter.numel() for weight in chosen)
+        held = {id(weight.parameter) for weight in chosen}
+        learning = [w.parameter for w in adapters.replace(weights) if id(w.parameter) not in held]
+        trained = sum(parameter.numel() for parameter in learning)
         total = sum(weight.parameter.numel() for weight in weights)
-        until = f" for {frozen.until} steps" if frozen.until else ""
         logger.info(
-            "trains %.1f%% of %d weights%s; the others are frozen",
-            100 - 100 * held / total,
+            "trains %.2f%% of %d weights%s, %d; the others are frozen",
+            100 * trained / total,
             total,
-            until,
+            f" for {frozen.until} steps" if frozen.until else "",
+            trained,
         )
     frozen.hold(0)
-    return frozen
+    return frozen, adapters
 
 
 def _build_stream(

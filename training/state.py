@@ -151,8 +151,8 @@ class State:
         except (RuntimeError, ValueError) as error:
             first = " ".join(str(error).split())[:200]
             raise CheckpointError(
-                f"{directory} was written with other objectives or sizes than this run's ({first});"
-                " change them back, or start anew in another `out`"
+                f"{directory} was written with other objectives, sizes or adapters than this run's"
+                f" ({first}); change them back, or start anew in another `out`"
             ) from None
         network = self.served.network
         own = network.state_dict()
@@ -169,8 +169,8 @@ class State:
                 verb = "need" if what == "lacks" else "have no use for"
                 listed = ", ".join(f"{name}.safetensors" for name in sorted(names))
                 raise CheckpointError(
-                    f"{directory} {what} {listed}, which this run's objectives"
-                    f" or train.ema {verb}; change them back, or start anew in another `out`"
+                    f"{directory} {what} {listed}, which this run's objectives,"
+                    f" lora or train.ema {verb}; change them back, or start anew in another `out`"
                 )
 
     @property
@@ -182,9 +182,9 @@ class State:
     def _parameters(self) -> dict[str, nn.Parameter]:
         """All that may be trained, by name."""
         named = dict(self.model.network.named_parameters())
-        if "heads" in self.extras:
-            heads = self.extras["heads"].named_parameters()
-            named |= {f"heads.{name}": parameter for name, parameter in heads}
+        for extra in self.extras.keys() & {"heads", "lora"}:
+            inner = self.extras[extra].named_parameters()
+            named |= {f"{extra}.{name}": parameter for name, parameter in inner}
         return named
 
     def _names(self) -> dict[int, str]:

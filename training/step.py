@@ -58,6 +58,7 @@ def train_step(run: Run, batch: Batch, counts: list[int]) -> dict[str, Tensor]:
     if run.config.optim.grad_clip is not None:
         clip_gradients(run.parameters, run.config.optim.grad_clip, norm)
     state.optimizer.step()
+    run.adapters.merge()
     clamp_logit_scale(state.model)
 
     # ---- averages follow, and what this batch was compared with becomes old
