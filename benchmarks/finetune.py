@@ -97,7 +97,7 @@ def measure(
     rows = sweep(*load_pair(arguments.model, out / "latest"), arguments.alphas, sets, device="cpu")[
         "rows"
     ]
-    found = {
+    found: dict[str, Any] = {
         "settings": METHODS[name],
         "step": outcome.step,
         "processor_s": spent,

@@ -11,7 +11,7 @@ and subtracts in every forward pass.
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,7 @@ class Adapter(nn.Module):
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))  # as in microsoft/LoRA
         self.register_buffer("base", weight.detach().clone())
         self.kept: Tensor | None = None
-        weight.register_post_accumulate_grad_hook(self._take_gradient)
+        weight.register_post_accumulate_grad_hook(self._take_gradient)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def drop(self) -> None:
@@ -128,14 +128,21 @@ class Adapters(nn.Module):
 
 
 def adapt(
-    weights: Sequence[Weight], settings: LoraConfig, frozen: Sequence[Weight]
+    weights: Sequence[Weight],
+    settings: LoraConfig,
+    frozen: Sequence[Weight] = (),
+    fresh: Iterable[nn.Parameter] = (),
 ) -> tuple[Adapters, list[Weight]]:
-    """Adapters, and what is frozen because of them: all but the heads and what is trained whole.
+    """Adapters, and what is frozen because of them: all that is not `fresh` or trained whole.
 
     `frozen` already is, and gets no adapters. Raises ConfigError if that leaves none.
     """
     held = {weight.name for weight in frozen}
     whole = {weight.name for weight in match(weights, settings.whole, "lora.whole")}
+    if both := sorted(held & whole):
+        raise ConfigError(f"{both[0]} is in lora.whole and in optim.freeze; take it out of one")
+    own = {id(parameter) for parameter in fresh}
+    whole |= {weight.name for weight in weights if id(weight.parameter) in own}
     matrices = [weight for weight in weights if weight.is_hidden_matrix]
     targets = [
         weight
@@ -148,7 +155,7 @@ def adapt(
             " or trained whole"
         )
     trained = {weight.name for weight in targets} | (whole - held)
-    still = [w for w in weights if w.name not in trained and (w.part != "heads" or w.name in held)]
+    still = [weight for weight in weights if weight.name not in trained]
     return Adapters(targets, settings), still
 
 

@@ -144,7 +144,7 @@ def _freeze(config: Config, weights: list[Weight], networks: Networks) -> tuple[
     """Hold still what the settings say; a line tells how much of the model is trained."""
     chosen, adapters = choose_frozen(weights, config.optim.freeze), Adapters()
     if config.lora is not None:
-        adapters, chosen = adapt(weights, config.lora, chosen)
+        adapters, chosen = adapt(weights, config.lora, chosen, networks.heads.parameters())
     modules = (networks.model.network, networks.heads)
     frozen = Frozen(chosen, modules, config.optim.unfreeze_after_steps)
     if chosen:
