@@ -224,6 +224,12 @@ def test_what_does_not_go_with_split_weights_is_refused(more: str, words: str) -
         fsdp.check(load_config(None, [*given, more]))
 
 
+def test_adapters_do_not_go_with_split_weights() -> None:
+    given = ["out=a", "data.train=b", "train.steps=1", "model.pretrained=c", "lora={rank=2}", FSDP]
+    with pytest.raises(ConfigError, match=r"fsdp does not go with \[lora\]"):
+        fsdp.check(load_config(None, given))
+
+
 def test_clipping_alone_is_torchs_own() -> None:
     torch.manual_seed(0)
     one, other = nn.Linear(3, 2), nn.Linear(3, 2)

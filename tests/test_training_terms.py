@@ -319,7 +319,7 @@ class Trace:
             (forward, "_remember", lambda *_: None),
             (torch.Tensor, "backward", lambda *_: None),
             (torch.optim.AdamW, "step", lambda *_: None),
-            (loop, "clamp_logit_scale", lambda *_: None),
+            (training.step, "clamp_logit_scale", lambda *_: None),
             (FeatureQueue, "push", self._keep_rows),
         ):
             monkeypatch.setattr(owner, name, self._wrap(getattr(owner, name), name, event))

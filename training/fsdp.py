@@ -33,7 +33,7 @@ def check(config: Config) -> None:
             f" one; it goes with {', '.join(_OBJECTIVES)}; set train.sharding = none"
         )
     if config.lora is not None:
-        raise ConfigError(f"{with_ours} does not go with [lora], which fits into one process's memory")
+        raise ConfigError(f"{with_ours} does not go with [lora]; leave one of them out")
     if config.optim.name != "adamw":
         raise ConfigError(
             f"{with_ours} goes with optim.name = adamw, not {config.optim.name}; set one of them"

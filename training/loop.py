@@ -175,11 +175,8 @@ def _loop(run: Run, directory: RunDirectory, tracker: Tracker, signals: Signals)
             seed_step(config.train.seed, counters.step, world.rank)
             fault = None
             try:
-                with (
-                    within_step(),
-                    keeping_statistics(state.model.network),
-                    run.adapters.dropout(),
-                ):
+                kept = keeping_statistics(state.model.network)
+                with within_step(), kept, run.adapters.dropout():
                     losses = train_step(run, batch, turn.counts)
             except SkippedStep as skipped_step:
                 fault, losses = skipped_step, skipped_step.losses

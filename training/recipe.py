@@ -86,6 +86,8 @@ def prepare(config: Config, data: Data, world: World, vocabulary: Path | None = 
     for module in (model.network, *modules_of(networks).values()):
         world.same_weights(module)
     ema = Twin(model.network, config.train.ema) if config.train.ema else None
+    autocast = _use_bf16(config, device)
+    work = measure(model, find_peak(device, autocast, config.train.peak_tflops))
     hollow = _split(config, networks, ema, world)
     weights = find_weights(model.network, networks.heads)
     frozen, adapters = _freeze(config, weights, networks)
@@ -103,7 +105,6 @@ def prepare(config: Config, data: Data, world: World, vocabulary: Path | None = 
         (config.train.epochs or 0) * stream.order.batches_per_epoch
     )
     check_steps(config.optim, total_steps)
-    autocast = _use_bf16(config, device)
     return Run(
         config=config,
         state=State(
@@ -122,7 +123,7 @@ def prepare(config: Config, data: Data, world: World, vocabulary: Path | None = 
         total_steps=total_steps,
         world=world,
         frozen=frozen,
-        work=measure(model, find_peak(device, autocast, config.train.peak_tflops)),
+        work=work,
         adapters=adapters,
     )
 

@@ -42,7 +42,8 @@ class Sanity:
                 run.work.sample / 1e9,
                 peak,
             )
-        if run.config.model.pretrained and not optim.freeze and optim.lr > _FINE_TUNING_LR:
+        trains_all = not optim.freeze and run.config.lora is None
+        if run.config.model.pretrained and trains_all and optim.lr > _FINE_TUNING_LR:
             self._warn(
                 "lr",
                 f"optim.lr = {optim.lr:g} is high for fine-tuning all of a pretrained model, which"
