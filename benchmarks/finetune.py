@@ -43,7 +43,7 @@ COMMON = [
 ]
 METHODS = {
     "full": ["optim.lr=3e-4"],
-    "LoRA": ["optim.lr=2e-3", "lora.rank=4", "lora.alpha=8"],
+    "LoRA": ["optim.lr=5e-4", "lora.rank=4", "lora.alpha=8"],
     "LiT": ["optim.lr=3e-4", "optim.freeze=['image.*']"],
 }
 TASKS = ("old", "new")

@@ -149,6 +149,7 @@ ALBEF = [
 ]
 
 
+@pytest.mark.slow
 def test_a_killed_albef_goes_on_with_its_momentum_copy_and_its_queue(
     shards: Path, tmp_path: Path
 ) -> None:
@@ -205,7 +206,7 @@ def test_a_run_that_wants_to_remember_something_else_is_refused(
     assert "start anew in another `out`" in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow)])
 def test_a_stop_signal_leaves_a_checkpoint_of_that_very_step(
     shards: Path, tmp_path: Path, name: str
 ) -> None:

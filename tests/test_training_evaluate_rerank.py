@@ -16,6 +16,7 @@ from clipserve.metrics import retrieval as recalls_of
 from clipserve.model import Model
 from clipserve.shards import ShardSet
 from clipserve.sources import SourceOptions
+from training.distributed import World
 from training.evaluate import report, rerank, retrieval
 from training.evaluate.gallery import Gallery, embed_shards
 from training.evaluate.report import evaluate
@@ -78,7 +79,9 @@ def reranked(
 ) -> dict[str, float]:
     """With logits of a match (N, M) as the table has them."""
 
-    def match(model: Model, shards: Any, gallery: Gallery, pairs: np.ndarray) -> np.ndarray:
+    def match(
+        model: Model, shards: Any, gallery: Gallery, pairs: np.ndarray, world: World
+    ) -> np.ndarray:
         assert (np.diff(pairs) > 0).all()  # by picture, each pair once
         image, text = np.divmod(pairs, len(gallery.texts))
         return table[image, text]

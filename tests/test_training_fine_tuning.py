@@ -178,6 +178,7 @@ def test_what_is_watched_counts_validations_without_a_better_value() -> None:
     assert seen == [(0.1, 0), (0.1, 1), (0.2, 0), (0.2, 1), (0.2, 2), (0.3, 0)]
 
 
+@pytest.mark.slow
 def test_two_ranks_fine_tune_as_one_does_and_stop_together(data: Path, tmp_path: Path) -> None:
     more = [
         f"data.val={data / 'val'}",

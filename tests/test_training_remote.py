@@ -55,6 +55,7 @@ def url(shards: Path) -> Iterator[str]:
 WINDOW = ["data.shuffle_shards=2", "data.last_batch=keep"]
 
 
+@pytest.mark.slow
 def test_shards_from_elsewhere_give_the_same_run(shards: Path, url: str, tmp_path: Path) -> None:
     run(shards, tmp_path / "local", more=WINDOW)
     expected = read_trace(tmp_path / "local")

@@ -56,7 +56,7 @@ class Work:
 def measure(model: Model, peak: float | None = None) -> Work:
     """Count on two blank pictures and empty texts; the model stays as it is.
 
-    It must not be wrapped yet: gradients are taken past what would tell other processes of them.
+    It must be whole and without gradients yet: those that this makes are dropped.
     """
     pixels = torch.zeros(_ROWS, 3, *model.transform.size, device=model.device)
     ids = model.tokenizer([""] * _ROWS).ids.to(model.device)
@@ -79,11 +79,12 @@ def find_peak(device: torch.device, autocast: bool, given: float | None) -> floa
 def _count(model: Model, compute: Callable[[], list[Tensor]]) -> float:
     """FLOPs of one row, with the gradients that training would need."""
     before = [(buffer, buffer.clone()) for buffer in model.network.buffers()]
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with FlopCounterMode(display=False) as counter:
         outputs = [output.sum() for output in compute() if output.requires_grad]
         if outputs:
-            torch.autograd.grad(outputs, trained, allow_unused=True)
+            torch.autograd.backward(outputs)  # the counter's hooks know no autograd.grad
+    for parameter in model.parameters():
+        parameter.grad = None
     for buffer, value in before:  # running statistics
         buffer.copy_(value)
     return float(counter.get_total_flops()) / _ROWS
