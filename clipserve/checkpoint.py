@@ -20,6 +20,7 @@ fingerprint embed alike, whatever their metrics and dates say.
 import hashlib
 import json
 import platform
+import tempfile
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -111,6 +112,12 @@ def write_into(
     description["checksum"] = _checksum(description)
     (folder / MANIFEST).write_text(_canonical(description))
     return str(description["fingerprint"])
+
+
+def fingerprint(model: Model) -> str:
+    """What a directory of this model would have, found by writing one that does not stay."""
+    with tempfile.TemporaryDirectory() as folder:
+        return write_into(Path(folder), model, name=model.info.name)
 
 
 def load(

@@ -31,7 +31,7 @@ class ModelConfig(Section):
     architecture: str | dict[str, Any] | None = None
     """an open_clip architecture by name (`ViT-B-32`), or a table: open_clip's, or an ALBEF's"""
     pretrained: str | None = None
-    """a model to start from: ours, open_clip's or transformers'; only its sizes can be changed"""
+    """a model to start from, as `clipserve import` reads it; sizes and dropout can be changed"""
     pretrained_image: str | None = None
     """weights for an ALBEF's image tower: a timm ViT's or DeiT's file, open_clip's, or a model's"""
     pretrained_text: str | None = None
@@ -136,8 +136,8 @@ class TrainConfig(Section):
     """seed of initial weights, sample order and augmentation"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where to train; auto takes a GPU when there is one"""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """bf16: autocast; auto takes it where the CPU (AMX, AVX512-BF16) or the GPU computes in it"""
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
+    """bf16, fp16 (with a loss scale): autocast; auto: bf16 where CPU or GPU computes in it"""
     accum_freq: Annotated[int, Field(ge=1)] = 1
     """parts that a step's rows go through the towers in, for memory; batch_size counts them all"""
     grad_checkpointing: bool = False

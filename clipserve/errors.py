@@ -5,8 +5,9 @@
     |- CheckpointError        a model or run directory: missing, damaged, of a newer format
     |- DataError              a source or a shard: unreadable, empty, malformed
     |  |- SampleError         one sample: its bytes changed, or cannot be read
-    |  `- TooManyBadSamples   more bad samples than the stated fraction (exit code 1)
-    |- TrainingError          a run that cannot go on: too many skipped steps (exit code 1)
+    |  `- TooManyBadSamples   more bad samples than the stated fraction (exit code 3)
+    |- TrainingError          a run that cannot go on: it lost a process, say (exit code 1)
+    |  `- TooManySkippedSteps it diverged, or many samples are broken (exit code 3)
     |- ImageError             a picture: too large, not a picture, damaged
     |- TextError              a text: empty where one is needed
     |- IndexStoreError        a collection or an index: damaged, of another model, read-only
@@ -23,6 +24,8 @@
 
 Every message says what, the value, what is allowed, and what to do.
 """
+
+_WOULD_COME_AGAIN = 3  # the exit code: the same run would end in the same way
 
 
 class ClipserveError(Exception):
@@ -60,13 +63,19 @@ class SampleError(DataError):
 class TooManyBadSamples(DataError):
     """More samples were bad than the run allows; the good ones were kept."""
 
-    exit_code = 1
+    exit_code = _WOULD_COME_AGAIN
 
 
 class TrainingError(ClipserveError):
-    """Too many steps of a run could not be taken, or one of its processes is gone."""
+    """A run cannot go on; one of its processes is gone, say."""
 
     exit_code = 1
+
+
+class TooManySkippedSteps(TrainingError):
+    """Too many steps of a run could not be taken."""
+
+    exit_code = _WOULD_COME_AGAIN
 
 
 class ImageError(ClipserveError):

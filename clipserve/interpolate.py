@@ -5,6 +5,7 @@ learnt most of the new and forgotten little of the old. Start at `interpolate`.
 """
 
 import copy
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,12 @@ import torch
 from torch import Tensor
 
 from clipserve import checkpoint
+from clipserve.architecture import essence, first_difference
+from clipserve.convert.found import refuse_existing
 from clipserve.errors import ConfigError
 from clipserve.model import Model, ModelInfo
+
+logger = logging.getLogger(__name__)
 
 
 def interpolate(start: Path, tuned: Path, alpha: float, out: Path) -> str:
@@ -22,8 +27,7 @@ def interpolate(start: Path, tuned: Path, alpha: float, out: Path) -> str:
     0 is `start` and 1 `tuned`, to the last bit. ConfigError if they are not of one kind, or if
     something is in `out`; CheckpointError for a damaged one.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} exists already; choose another --out")
+    refuse_existing(out)
     models = load_pair(start, tuned)
     described = [checkpoint.read_description(folder) for folder in (start, tuned)]
     known = dict.fromkeys(d["data_fingerprint"] for d in described if d["data_fingerprint"])
@@ -44,25 +48,30 @@ def interpolate(start: Path, tuned: Path, alpha: float, out: Path) -> str:
 
 
 def load_pair(start: Path, tuned: Path) -> tuple[Model, Model]:
-    """Both models, in float32 on the CPU. ConfigError names the first thing that differs."""
-    before, after = (_kind(checkpoint.read_description(folder)) for folder in (start, tuned))
-    if found := _first_difference(before, after):
+    """Both models, in float32 on the CPU. ConfigError names the first thing that differs; a warning
+    says if the second is known to come from another model than the first."""
+    described = [checkpoint.read_description(folder) for folder in (start, tuned)]
+    before, after = (_kind(description) for description in described)
+    if found := first_difference(before, after):
         name, one, other = found
         raise ConfigError(
             f"{start} and {tuned} differ in {name}, {one} and {other}: between weights of different"
             " models there is nothing; take a model and one that was trained from it"
         )
+    _warn_of_another_start(start, tuned, *described)
     return checkpoint.load_for_training(start), checkpoint.load_for_training(tuned)
 
 
 @torch.no_grad()
 def mix(start: Model, tuned: Model, alpha: float) -> Model:
-    """(1 - alpha) start + alpha tuned, tensor by tensor; whole numbers are those of the nearer."""
-    network: Any = copy.deepcopy(start.network)
+    """(1 - alpha) start + alpha tuned, tensor by tensor; all that is no weight, and whole numbers,
+    are those of the nearer."""
+    nearer = tuned if alpha > 0.5 else start
+    network: Any = copy.deepcopy(nearer.network)
     others = tuned.network.state_dict()
     mixed = {n: _between(own, others[n], alpha) for n, own in start.network.state_dict().items()}
     network.load_state_dict(mixed)
-    return Model(network, start.architecture, start.transform, start.tokenizer, ModelInfo())
+    return Model(network, nearer.architecture, nearer.transform, nearer.tokenizer, ModelInfo())
 
 
 def _between(start: Tensor, tuned: Tensor, alpha: float) -> Tensor:
@@ -75,18 +84,26 @@ def _kind(description: dict[str, Any]) -> dict[str, Any]:
     """What two models must have in common."""
     files = description["files"]
     return {
-        **description["architecture"],
+        **essence(description["architecture"]),
         "image_transform": description["image_transform"],
         "tokenizer": {n: files[n][:12] for n in files if n.startswith("tokenizer/")},
     }
 
 
-def _first_difference(one: Any, other: Any, name: str = "") -> tuple[str, Any, Any] | None:
-    """The first key of nested tables under which they differ, and its two values."""
-    if not isinstance(one, dict) or not isinstance(other, dict):
-        return None if one == other else (name, one, other)
-    for key in sorted(one.keys() | other.keys()):
-        inner = f"{name}.{key}" if name else key
-        if found := _first_difference(one.get(key), other.get(key), inner):
-            return found
-    return None
+def _warn_of_another_start(
+    start: Path, tuned: Path, before: dict[str, Any], after: dict[str, Any]
+) -> None:
+    """Two that come from the same weights are as good; of many nothing is known."""
+    begun = after["training"].get("start_fingerprint")
+    akin = {before["fingerprint"], before["training"].get("start_fingerprint")}
+    if begun is None or {begun, after["fingerprint"]} & akin:
+        return
+    logger.warning(
+        "%s was trained from %s (%.12s), not from %s (%.12s): between models that do not come from"
+        " the same weights there is seldom a good one",
+        tuned,
+        after["training"].get("start"),
+        begun,
+        start,
+        before["fingerprint"],
+    )

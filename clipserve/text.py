@@ -7,7 +7,6 @@ latter two travel in the model directory.
 Legend: B batch, T text tokens.
 """
 
-import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from clipserve import wordpiece
 from clipserve.bert import PAD_ID
+from clipserve.bpe import BytePairs
 from clipserve.errors import CheckpointError, ConfigError
 from clipserve.towers import tokenizer_module
 
@@ -139,13 +139,11 @@ def _cut(text: str, limit: int) -> tuple[str, bool]:
     return text[:limit], len(text) > limit
 
 
-def _load_bpe(context_length: int, options: dict[str, Any]) -> Any:
+def _load_bpe(context_length: int, options: dict[str, Any]) -> BytePairs:
     module = tokenizer_module()
-    if options:
-        return module.SimpleTokenizer(context_length=context_length, **options)
-    inner = copy.copy(module._tokenizer)  # made by the import, and the better part of it
-    inner.context_length = context_length
-    return inner
+    # The one without options is made by the import, and is the better part of it.
+    inner = module.SimpleTokenizer(**options) if options else module._tokenizer
+    return BytePairs(inner, context_length)
 
 
 def _load_wordpiece(text_config: dict[str, Any], folder: Path | None) -> wordpiece.WordPiece:

@@ -8,6 +8,7 @@ architectures, and every process that has open_clip loaded already, take the ord
 """
 
 import contextlib
+import dataclasses
 import importlib.machinery
 import importlib.util
 import json
@@ -17,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from clipserve.errors import ConfigError
@@ -61,13 +63,15 @@ def build_network(architecture: dict[str, Any]) -> nn.Module:
         vision["timm_model_pretrained"] = False
     try:
         if "multimodal_cfg" in config:
-            return _build_coca(config)
-        model = _open_clip_model_module(plain=is_plain(architecture))
-        network = (model.CustomTextCLIP if custom else model.CLIP)(**config)
+            network = _build_coca(config)
+        else:
+            model = _open_clip_model_module(plain=is_plain(architecture))
+            network = (model.CustomTextCLIP if custom else model.CLIP)(**config)
     except (TypeError, ValueError, AssertionError, RuntimeError, OSError) as error:
         first = str(error).strip().partition("\n")[0]
         raise ConfigError(f"open_clip cannot build model.architecture: {first}") from error
     assert isinstance(network, nn.Module)
+    _replace_patch_dropout(network.visual)
     return network
 
 
@@ -79,7 +83,38 @@ def build_image_tower(embed_dim: int, vision: dict[str, Any], quick_gelu: bool) 
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise ConfigError(f"open_clip cannot build vision_cfg: {error}") from error
     assert isinstance(tower, nn.Module)
+    _replace_patch_dropout(tower)
     return tower
+
+
+def tower_defaults() -> dict[str, dict[str, Any]]:
+    """What open_clip takes for what vision_cfg and text_cfg leave out."""
+    model = _open_clip_model_module(plain=True)
+    tables = {"vision_cfg": model.CLIPVisionCfg(), "text_cfg": model.CLIPTextCfg()}
+    return {name: dataclasses.asdict(table) for name, table in tables.items()}
+
+
+class PatchDropout(nn.Module):
+    """Some patches of each picture, drawn anew in every training step, and its class token
+    (arXiv:2212.00794).
+
+    open_clip's draws on the CPU, which a GPU has to wait for and compiled code is broken off by;
+    on a CPU the choice is the same.
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 1 + P, D) -> (B, 1 + kept, D)"""
+        if not self.training:
+            return x
+        patches = x.shape[1] - 1
+        kept = max(1, int(patches * (1 - self.rate)))
+        drawn = torch.randn(len(x), patches, device=x.device).topk(kept, dim=1).indices  # (B, kept)
+        tokens = torch.cat([drawn.new_zeros(len(x), 1), drawn + 1], dim=1)
+        return x.gather(1, tokens[:, :, None].expand(-1, -1, x.shape[2]))
 
 
 def trunk_features(tower: Any, pixels: Tensor) -> Tensor:
@@ -148,6 +183,13 @@ def _build_coca(config: dict[str, Any]) -> nn.Module:
     nn.init.normal_(decoder.text_projection, std=decoder.width**-0.5)
     assert isinstance(network, nn.Module)
     return network
+
+
+def _replace_patch_dropout(tower: Any) -> None:
+    """That of an open_clip transformer by ours; neither has weights."""
+    rate = getattr(getattr(tower, "patch_dropout", None), "prob", None)
+    if rate is not None:
+        tower.patch_dropout = PatchDropout(rate)
 
 
 def _open_clip_model_module(plain: bool) -> Any:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from clipserve.cli import main
-from training import loop
+from training.saver import Saver
 
 
 def resident_pages(pid: int | str) -> int:
@@ -20,17 +20,17 @@ def resident_pages(pid: int | str) -> int:
 
 
 def measure_saves(log: Path) -> None:
-    real = loop._save
+    real = Saver._write
 
-    def save(*args: Any) -> None:
-        real(*args)
+    def write(*args: Any, **named: Any) -> None:
+        real(*args, **named)
         me = os.getpid()
         workers = Path(f"/proc/{me}/task/{me}/children").read_text().split()
         pages = {"parent": resident_pages(me)} | {pid: resident_pages(pid) for pid in workers}
         with log.open("a") as file:
             file.write(json.dumps(pages) + "\n")
 
-    loop._save = save
+    Saver._write = write  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The commands as a user runs them: most in this process, a few, by `spawn`, in their own."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -299,11 +300,48 @@ def test_an_albef_checkpoint_goes_in_and_out(run: Run, tmp_path: Path) -> None:
     words = bert_folder(tmp_path / "bert", SMALL.vocab)
     done = run("import", file, tmp_path / "model", "--tokenizer", words)
     assert done.code == 0, done.err
-    assert run("export", tmp_path / "model", tmp_path / "again.pth").code == 0
+    refused = run("export", tmp_path / "model", tmp_path / "again.pth")
+    assert refused.code == 2
+    written = run("export", tmp_path / "model", tmp_path / "again.pth", "--to", "albef")
+    assert written.code == 0, written.err
+    assert written.out.splitlines()[0].startswith("least cosine: pictures 1.0")
     assert_same(read_back(tmp_path / "again.pth"), tensors)
     refused = run("export", tmp_path / "model", tmp_path / "x", "--to", "gguf")
     assert refused.code == 2
     assert "'gguf' is not one of albef, open_clip, transformers, onnx" in refused.err
+
+
+@pytest.mark.parametrize(
+    "form", ["open_clip", "transformers", pytest.param("onnx", marks=pytest.mark.slow)]
+)
+def test_a_model_goes_out_with_its_proof_and_comes_in_again(
+    form: str, run: Run, model_dir: Path, tmp_path: Path
+) -> None:
+    done = run("export", model_dir, tmp_path / "theirs", "--to", form)
+    assert done.code == 0, done.err
+    *notes, proof, written = done.out.splitlines()
+    assert all(note.startswith("otherwise there: ") for note in notes)
+    assert len(notes) == {"open_clip": 1, "transformers": 3, "onnx": 1}[form]
+    assert re.fullmatch(r"least cosine: pictures [01]\.\d+, texts [01]\.\d+", proof)
+    assert written == f"written: {tmp_path / 'theirs'}"
+    again = run("export", model_dir, tmp_path / "theirs", "--to", form)
+    assert (again.code, len(again.err.splitlines())) == (2, 1)
+    if form == "onnx":
+        return
+    back = run("import", tmp_path / "theirs", tmp_path / "back", "--context-length", 24)
+    assert back.code == 0, back.err
+    note, model = back.out.splitlines()
+    assert note == "text positions 16 -> 24: stretched, linearly"
+    assert model.startswith(f"model: {tmp_path / 'back'} (")
+    refused = run("import", tmp_path / "nowhere", tmp_path / "x")
+    assert refused.code == 2
+    assert "hf-hub:OWNER/NAME" in refused.err
+
+
+def test_a_clip_is_not_written_as_an_albef(run: Run, model_dir: Path, tmp_path: Path) -> None:
+    refused = run("export", model_dir, tmp_path / "x", "--to", "albef")
+    assert refused.code == 2
+    assert "--to open_clip, transformers or onnx" in refused.err
 
 
 def test_reranking_that_cannot_be_meant_is_refused(

@@ -67,12 +67,45 @@ def test_one_alpha_writes_a_model(
     assert capsys.readouterr().out == f"model: {tmp_path / 'mixed'} ({fingerprint[:12]})\n"
 
 
+def test_without_out_the_model_is_written_beside_the_second(
+    model_dir: Path, tuned: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(model_dir, tuned, "--alpha", 0.5)
+    out = tuned.with_name("tuned-alpha-0.5")
+    assert capsys.readouterr().out.startswith(f"model: {out} (")
+    assert checkpoint.verify(out)["training"]["alpha"] == 0.5
+    with pytest.raises(ConfigError, match="is there already"):
+        run(model_dir, tuned, "--alpha", 0.5)
+
+
+def test_a_sweep_writes_over_nothing_and_without_out_no_file(
+    model_dir: Path,
+    tuned: Path,
+    captioned: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pack(captioned(4), tmp_path / "shards")
+    given = [model_dir, tuned, "--sweep", "0,1", "--data", tmp_path / "shards"]
+    (tmp_path / "mine.json").write_text("mine")
+    with pytest.raises(ConfigError, match="is there already"):
+        run(*given, "--out", tmp_path / "mine.json")
+    assert (tmp_path / "mine.json").read_text() == "mine"
+    before = sorted(tmp_path.iterdir())
+    capsys.readouterr()
+    run(*given)
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    assert sorted(tmp_path.iterdir()) == before
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [
         ([], "either --alpha"),
         (["--alpha", "0.5", "--sweep", "0,1"], "either --alpha"),
-        (["--alpha", "0.5", "--data", "x"], "--data is for --sweep"),
+        (["--alpha", "0.5", "--data", "x"], "are for --sweep"),
+        (["--alpha", "0.5", "--dtype", "fp32"], "are for --sweep"),
+        (["--alpha", "0.5", "--device", "cpu"], "are for --sweep"),
         (["--sweep", "0,1"], "--sweep needs --data"),
         (["--sweep", "0,2", "--data", "x"], "numbers from 0 to 1"),
         (["--sweep", "half", "--data", "x"], "numbers from 0 to 1"),

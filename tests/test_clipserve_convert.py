@@ -9,14 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from albefs import open_clip_vision, tiny_albef
+from albefs import open_clip_vision, timm_vision, tiny_albef
 from conftest import make_picture
 from torch import Tensor
+from transplants import shaken
 
 import clipserve
 from clipserve import checkpoint, wordpiece
 from clipserve.albef import Albef
-from clipserve.convert import export_checkpoint, import_checkpoint, read_albef, write_albef
+from clipserve.convert import export_checkpoint, import_model, read_model, write_albef
 from clipserve.convert.albef import _is_momentum
 from clipserve.errors import CheckpointError, ConfigError
 from clipserve.files import save_tensors
@@ -149,6 +150,13 @@ def bert_folder(folder: Path, size: int) -> Path:
     return folder
 
 
+def read_albef(
+    file: Path, words: Path, image_size: int | None = None
+) -> tuple[Model, dict[str, Tensor] | None]:
+    read = read_model(file, tokenizer=words, image_size=image_size)
+    return read.model, read.momentum
+
+
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -179,7 +187,7 @@ def test_it_comes_back_from_a_model_directory_too(
     retrieval: bool, words: Path, tmp_path: Path
 ) -> None:
     tensors = published(retrieval=retrieval)
-    import_checkpoint(write(tensors, tmp_path / "in.pth"), tmp_path / "m", tokenizer=words)
+    import_model(write(tensors, tmp_path / "in.pth"), tmp_path / "m", tokenizer=words)
     checkpoint.verify(tmp_path / "m")
     export_checkpoint(tmp_path / "m", tmp_path / "out.pth")
     assert_same(read_back(tmp_path / "out.pth"), tensors)
@@ -293,7 +301,7 @@ def test_each_weight_arrives_where_it_belongs(words: Path, tmp_path: Path) -> No
 
 def test_an_imported_model_embeds_and_matches(words: Path, tmp_path: Path) -> None:
     file = write(published(), tmp_path / "in.pth")
-    fingerprint = import_checkpoint(file, tmp_path / "m", tokenizer=words)
+    fingerprint, _ = import_model(file, tmp_path / "m", tokenizer=words)
     model = clipserve.load(tmp_path / "m", device="cpu", dtype="fp32")
     assert model.info.fingerprint == fingerprint
     assert model.embed_texts(["w1 w2"]).shape == (1, 16)
@@ -433,7 +441,8 @@ def test_missing_and_left_over_tensors_are_named(words: Path, tmp_path: Path) ->
     refused({k: v for k, v in published().items() if k != cross}, f"lacks {cross}")
     refused(published() | {"caption_head.weight": torch.zeros(2)}, "caption_head.weight left over")
     refused(published() | {"text_proj_m.extra": torch.zeros(2)}, "text_proj_m.extra left over")
-    refused({"a": torch.zeros(1)}, "no published ALBEF checkpoint: it lacks")
+    few = {"visual_encoder.pos_embed": torch.zeros(1)}
+    refused(few, "no published ALBEF checkpoint: it lacks")
 
 
 def test_what_cannot_be_kept_is_refused(words: Path, tmp_path: Path) -> None:
@@ -456,28 +465,88 @@ def test_a_file_that_would_execute_something_is_refused(words: Path, tmp_path: P
     torch.save({"model": published(), "config": Path("x")}, tmp_path / "in.pth")
     with pytest.raises(CheckpointError, match="cannot be read"):
         read_albef(tmp_path / "in.pth", words)
-    with pytest.raises(CheckpointError, match=r"none\.pth"):
+    with pytest.raises(ConfigError, match=r"none\.pth' is not .* nor anything else that is there"):
         read_albef(tmp_path / "none.pth", words)
 
 
 def test_the_vocabulary_must_be_named_and_be_the_same(words: Path, tmp_path: Path) -> None:
     file = write(published(), tmp_path / "in.pth")
     with pytest.raises(ConfigError, match="does not hold its vocabulary.*bert-base-uncased"):
-        import_checkpoint(file, tmp_path / "m")
+        import_model(file, tmp_path / "m")
     for size in (SMALL.vocab - 1, SMALL.vocab + 1):
         other = bert_folder(tmp_path / f"bert{size}", size)
         with pytest.raises(ConfigError, match=f"has {size} tokens"):
-            import_checkpoint(file, tmp_path / "m", tokenizer=other)
+            import_model(file, tmp_path / "m", tokenizer=other)
     assert not (tmp_path / "m").exists()
 
 
-def test_another_kind_or_model_is_refused(words: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="unknown kind"):
-        import_checkpoint(tmp_path, tmp_path / "m", kind="blip", tokenizer=words)  # type: ignore[arg-type]
+def test_a_model_that_the_layout_cannot_hold_is_refused(tmp_path: Path) -> None:
     model = tiny_albef(tmp_path / "words", open_clip_vision())
-    with pytest.raises(ConfigError, match="timm ViT only"):
-        write_albef(model, None, tmp_path / "out.pth")
+    checkpoint.save(model, tmp_path / "m", name="m")
+    with pytest.raises(ConfigError, match="timm ViT only.* --to onnx"):
+        export_checkpoint(tmp_path / "m", tmp_path / "out.pth")
     assert not (tmp_path / "out.pth").exists()
+
+
+def test_what_is_written_is_read_again_and_held_against_the_model(
+    words: Path, tmp_path: Path
+) -> None:
+    import_model(write(published(), tmp_path / "in.pth"), tmp_path / "m", tokenizer=words)
+    proof, notes = export_checkpoint(tmp_path / "m", tmp_path / "out.pth")
+    assert min(proof) > 0.999999
+    assert notes == []
+
+
+def test_heads_of_another_width_than_albefs_are_found_out(tmp_path: Path) -> None:
+    """The file cannot say how many there are: the tensors of two heads are those of one."""
+    model = tiny_albef(tmp_path / "words", timm_vision(), width=64, heads=2)
+    checkpoint.save(shaken(model), tmp_path / "m", name="m")
+    with pytest.raises(CheckpointError, match="does not embed as this model does.*texts"):
+        export_checkpoint(tmp_path / "m", tmp_path / "out.pth")
+    assert sorted(path.name for path in tmp_path.glob("*out*")) == []
+
+
+def test_what_albefs_code_does_in_its_own_way_is_said(tmp_path: Path) -> None:
+    model = tiny_albef(tmp_path / "words", timm_vision(), width=64, heads=1)
+    checkpoint.save(shaken(model), tmp_path / "m", name="m")
+    _, notes = export_checkpoint(tmp_path / "m", tmp_path / "out.pth")
+    assert [note.split(":")[0] for note in notes] == ["pictures", "texts"]
+    assert "resize_mode = shortest" in notes[0]
+    assert "reads 12 tokens" in notes[1]
+
+
+def test_a_change_of_size_is_a_line_of_the_import(words: Path, tmp_path: Path) -> None:
+    file = write(published(), tmp_path / "in.pth")
+    _, notes = import_model(file, tmp_path / "m", tokenizer=words, image_size=48)
+    assert notes == ["image positions 4x4 -> 6x6: interpolated, bicubic"]
+
+
+@pytest.mark.parametrize("image_size", [16, 48])
+def test_a_directory_is_resized_as_its_file_is_and_keeps_its_momentum(
+    image_size: int, words: Path, tmp_path: Path
+) -> None:
+    file = write(published(), tmp_path / "in.pth")
+    first, _ = import_model(file, tmp_path / "at-once", tokenizer=words, image_size=image_size)
+    import_model(file, tmp_path / "m", tokenizer=words)
+    second, notes = import_model(tmp_path / "m", tmp_path / "later", image_size=image_size)
+    assert first == second
+    assert len(notes) == 1
+    one, other = (checkpoint.load_momentum(tmp_path / name) for name in ("at-once", "later"))
+    assert one is not None
+    assert other is not None
+    assert_same(other, one)
+    told = checkpoint.read_description(tmp_path / "later")["training"]
+    assert told["start_fingerprint"] == checkpoint.verify(tmp_path / "m")["fingerprint"]
+
+
+def test_an_architecture_beside_an_albef_is_refused(words: Path, tmp_path: Path) -> None:
+    file = write(published(), tmp_path / "in.pth")
+    with pytest.raises(ConfigError, match="leave 'ViT-B-32' out"):
+        read_model(file, architecture="ViT-B-32", tokenizer=words)
+    with pytest.raises(
+        ConfigError, match="context_length 64 is more than the 40 of text_cfg.positions"
+    ):
+        read_model(file, tokenizer=words, context_length=64)
 
 
 def test_another_input_size_interpolates_both_position_tables(words: Path, tmp_path: Path) -> None:
@@ -500,7 +569,7 @@ def test_another_input_size_interpolates_both_position_tables(words: Path, tmp_p
 def test_no_space_leaves_nothing(
     words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, momentum = read_albef(write(published(), tmp_path / "in.pth"), words)
+    import_model(write(published(), tmp_path / "in.pth"), tmp_path / "m", tokenizer=words)
     out = tmp_path / "new" / "albef.pth"
 
     def full(descriptor: int) -> None:
@@ -508,5 +577,5 @@ def test_no_space_leaves_nothing(
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        write_albef(model, momentum, out)
+        export_checkpoint(tmp_path / "m", out)
     assert list(out.parent.iterdir()) == []

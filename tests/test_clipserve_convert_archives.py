@@ -4,12 +4,13 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from transplants import clip_table, shaken
 
-from clipserve.convert import read_model
+from clipserve.convert import open_clip_files, read_model
 from clipserve.convert.archives import is_archive, read_archive
 from clipserve.errors import CheckpointError
 from clipserve.model import create
@@ -67,6 +68,20 @@ def test_an_archive_of_openai_is_read_without_running_it(
     assert model.architecture["vision_cfg"]["layers"] == 2
     own = model.network.state_dict()
     assert all(torch.equal(own[name], weights[name]) for name in weights)
+
+
+def test_an_archive_computes_quickgelu_whatever_the_named_table_says(
+    archive: tuple[Path, dict[str, torch.Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As RN50 and ViT-B-32 of open_clip's tables do not."""
+    file, _ = archive
+    own = read_model(file).model
+    plain = {key: value for key, value in own.architecture.items() if key != "quick_gelu"}
+    monkeypatch.setattr(open_clip_files, "architecture_config", lambda name: plain)
+    named = read_model(file, architecture="ViT-tiny").model
+    assert named.architecture["quick_gelu"] is True
+    texts = ["a photo of a cat", "two dogs"]
+    assert np.array_equal(named.embed_texts(texts), own.embed_texts(texts))
 
 
 class Evil:

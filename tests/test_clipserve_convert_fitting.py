@@ -2,10 +2,12 @@ from typing import Any
 
 import pytest
 import torch
+from albefs import albef_table
 
 from clipserve.convert.fitting import change_sizes, fit_positions, resize_text
 from clipserve.errors import ConfigError
 from clipserve.model import create
+from clipserve.towers import build_network
 
 
 def table(rows: int, width: int = 3) -> torch.Tensor:
@@ -48,24 +50,37 @@ def test_each_table_that_changes_is_said_in_one_line(architecture: dict[str, Any
     own = create(wanted).network.state_dict()
     tensors = create(architecture).network.state_dict()
     first = tensors["positional_embedding"][0].clone()
-    notes = fit_positions(tensors, own, wanted["text_cfg"])
+    notes = fit_positions(tensors, own, wanted)
     assert notes == [
         "text positions 16 -> 24: stretched, linearly",
         "image positions 2x2 -> 4x4: interpolated, bicubic",
     ]
     assert torch.equal(tensors["positional_embedding"][0], first)
     assert {k: v.shape for k, v in tensors.items()} == {k: v.shape for k, v in own.items()}
-    assert fit_positions(tensors, own, wanted["text_cfg"]) == []
+    assert fit_positions(tensors, own, wanted) == []
     cut = {"positional_embedding": table(77, 32)}
-    assert fit_positions(cut, own, {}) == ["text positions 77 -> 24: the first ones stay"]
+    assert fit_positions(cut, own, {"text_cfg": {}}) == [
+        "text positions 77 -> 24: the first ones stay"
+    ]
 
 
 def test_sizes_that_no_table_can_have_are_refused(architecture: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="no room for a word"):
         change_sizes(architecture, 2, None)
-    with pytest.raises(ConfigError, match="context of an ALBEF cannot"):
-        change_sizes(architecture | {"fusion_cfg": {}}, 64, None)
     assert change_sizes(architecture, 16, 32) == architecture
+
+
+@pytest.mark.parametrize(("context_length", "positions"), [(64, 512), (8, 512), (8, None)])
+def test_an_albef_reads_as_much_as_its_table_has_positions(
+    context_length: int, positions: int | None
+) -> None:
+    before = albef_table(positions=positions)
+    wanted = change_sizes(before, context_length, None)
+    assert wanted["text_cfg"]["context_length"] == context_length
+    weights, own = (build_network(table).state_dict() for table in (before, wanted))
+    assert {k: v.shape for k, v in weights.items()} == {k: v.shape for k, v in own.items()}
+    with pytest.raises(ConfigError, match=f"more than the {positions or 12} of"):
+        build_network(change_sizes(before, 513, None))
 
 
 @pytest.mark.parametrize("image_size", [64, 128])
@@ -78,7 +93,7 @@ def test_image_positions_are_interpolated_as_open_clip_does(
     before = create(larger).network.state_dict()
     network = create(change_sizes(architecture, None, image_size)).network
     ours, theirs = dict(before), dict(before)
-    fit_positions(ours, network.state_dict(), {})
+    fit_positions(ours, network.state_dict(), {"text_cfg": {}})
     resize_pos_embed(theirs, network)
     name = "visual.positional_embedding"
     assert torch.allclose(ours[name], theirs[name], atol=1e-6)

@@ -118,16 +118,21 @@ def test_an_older_transformers_directory_is_read_too(clip: Model, tmp_path: Path
     assert_same_vectors(read_model(folder).model, clip)
 
 
-def test_weights_in_several_files_are_read(clip: Model, tmp_path: Path) -> None:
+@pytest.mark.parametrize("whole", ["model.safetensors", "pytorch_model.bin"])
+def test_weights_in_several_files_are_read(whole: str, clip: Model, tmp_path: Path) -> None:
     folder = transformers_clip(tmp_path, clip)
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
-    names = sorted(tensors)
-    parts = {"1.safetensors": names[::2], "2.safetensors": names[1::2]}
+    names, end = sorted(tensors), Path(whole).suffix
+    parts = {f"1{end}": names[::2], f"2{end}": names[1::2]}
     for file, part in parts.items():
-        save_file({name: tensors[name] for name in part}, folder / file)
+        some = {name: tensors[name] for name in part}
+        if end == ".bin":
+            torch.save(some, folder / file)
+        else:
+            save_file(some, folder / file)
     where = {name: file for file, part in parts.items() for name in part}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    (folder / f"{whole}.index.json").write_text(json.dumps({"weight_map": where}))
     assert_same_vectors(read_model(folder).model, clip)
 
 
@@ -135,7 +140,7 @@ def test_weights_in_several_files_are_read(clip: Model, tmp_path: Path) -> None:
     ("file", "change", "message"),
     [
         ("config.json", {"model_type": "blip"}, "of type 'blip'; clip and siglip can be read"),
-        ("processor_config.json", {"image_processor": {"do_resize": False}}, "has do_resize off"),
+        ("processor_config.json", {"image_processor": {"do_resize": False}}, "do_resize = False"),
         ("processor_config.json", {"image_processor": {"resample": 0}}, "no bicubic or bilinear"),
         ("processor_config.json", {"image_processor": {"rescale_factor": 1.0}}, "is not 1/255"),
         (
@@ -207,10 +212,150 @@ def test_settings_may_ask_for_other_sizes_and_nothing_else(clip: Model, tmp_path
     assert read.model.context_length == 24
     assert read.notes == ["text positions 32 -> 24: the first ones stay"]
     assert read_pretrained(source, clip_table()).notes == []
-    with pytest.raises(ConfigError, match=r"not that of model\.pretrained"):
+    with pytest.raises(ConfigError, match=r"text_cfg\.width = 64 is not that of model\.pretr.* 32"):
         read_pretrained(source, {"text_cfg": {"width": 64}})
     with pytest.raises(ConfigError, match="not a clipserve model directory"):
         read_pretrained(str(tmp_path / "none"), None)
+    with pytest.raises(
+        ConfigError, match=r"has none of clipserve\.json, open_clip_config\.json and"
+    ):
+        read_pretrained(str(tmp_path), None)
+
+
+def test_what_training_alone_sees_is_as_the_settings_have_it(clip: Model, tmp_path: Path) -> None:
+    checkpoint.save(clip, tmp_path / "model", name="clip")
+    source, half = str(tmp_path / "model"), {"vision_cfg": {"patch_dropout": 0.5}}
+    dropping = read_pretrained(source, half).model
+    assert type(dropping.network.visual.patch_dropout).__name__ == "PatchDropout"
+    checkpoint.save(dropping, tmp_path / "dropping", name="clip")
+    source = str(tmp_path / "dropping")
+    assert read_pretrained(source, None).model.architecture["vision_cfg"]["patch_dropout"] == 0.5
+    for none in ({"vision_cfg": {"patch_dropout": 0.0}}, clip_table()):
+        found = read_pretrained(source, none).model
+        assert type(found.network.visual.patch_dropout).__name__ == "Identity"
+        assert_same_vectors(found, clip)
+
+
+def test_defaults_need_not_be_written_down(clip: Model, tmp_path: Path) -> None:
+    """As transformers' reader does not know what whoever wrote the settings left out."""
+    checkpoint.save(clip, tmp_path / "model", name="clip")
+    vision = clip_table()["vision_cfg"] | {"mlp_ratio": 4.0, "pool_type": "tok"}
+    table = clip_table() | {"vision_cfg": vision, "quick_gelu": False, "init_logit_scale": 1.0}
+    assert_same_vectors(read_pretrained(str(tmp_path / "model"), table).model, clip)
+    table["quick_gelu"] = True
+    with pytest.raises(ConfigError, match=r"quick_gelu = True is not that of .* False"):
+        read_pretrained(str(tmp_path / "model"), table)
+
+
+def test_a_start_is_named_by_the_fingerprint_that_an_import_gives_it(
+    clip: Model, tmp_path: Path
+) -> None:
+    folder = transformers_clip(tmp_path, clip)
+    fingerprint, _ = import_model(folder, tmp_path / "ours")
+    for source, name in ((folder, "theirs"), (tmp_path / "ours", "theirs")):
+        table = {"vision_cfg": {"patch_dropout": 0.5}}
+        told = read_pretrained(str(source), table).model.info.training
+        assert told == {"start": name, "start_fingerprint": fingerprint}
+
+
+def test_an_import_of_a_directory_keeps_what_is_known_of_its_data(
+    clip: Model, tmp_path: Path
+) -> None:
+    training = {"step": 3}
+    checkpoint.save(clip, tmp_path / "a", name="a", training=training, data_fingerprint="d")
+    fingerprint, _ = import_model(tmp_path / "a", tmp_path / "same")
+    import_model(tmp_path / "a", tmp_path / "larger", image_size=64)
+    same, larger = (checkpoint.verify(tmp_path / name) for name in ("same", "larger"))
+    assert (same["training"], same["data_fingerprint"]) == (training, "d")
+    assert larger["training"] == {"start": "a", "start_fingerprint": fingerprint}
+    assert larger["data_fingerprint"] == "d"
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """hub(NAME) -> the folder of that repository in huggingface_hub's cache."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def make(name: str) -> Path:
+        place = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
+        (place / "refs").mkdir(parents=True)
+        (place / "refs" / "main").write_text("0123")
+        (place / "snapshots" / "0123").mkdir(parents=True)
+        return place / "snapshots" / "0123"
+
+    return make
+
+
+def test_a_model_in_the_cache_of_the_hub_is_found_by_its_name(
+    hub: Any, clip: Model, tmp_path: Path
+) -> None:
+    theirs = transformers_clip(tmp_path, clip)
+    folder = hub("owner/model")
+    for file in theirs.iterdir():
+        (folder / file.name).symlink_to(file)
+    found = read_model(Path("hf-hub:owner/model")).model
+    assert found.info.name == "model"
+    assert_same_vectors(found, clip)
+    assert_same_vectors(read_pretrained("hf-hub:owner/model", None).model, clip)
+    with pytest.raises(
+        ConfigError, match=r"no model owner/other, and nothing is downloaded; fetch"
+    ):
+        read_model(Path("hf-hub:owner/other"))
+    with pytest.raises(ConfigError, match="is no name of a model"):
+        read_model(Path("hf-hub:a/b/c"))
+
+
+@pytest.fixture
+def tagged(named: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What open_clip knows of tiny-clip:some, to be filled in."""
+    from open_clip import pretrained
+
+    config: dict[str, Any] = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "resize_mode": "squash"}
+    monkeypatch.setitem(pretrained._PRETRAINED, named, {"some": config})
+    return config
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_weights_that_open_clip_knows_are_found_by_their_tag(
+    form: str, hub: Any, tagged: dict[str, Any], clip: Model
+) -> None:
+    folder, weights = hub("owner/tiny"), clip.network.state_dict()
+    if form == "safetensors":
+        save_file(weights, folder / "open_clip_model.safetensors")
+    else:
+        torch.save(weights, folder / "open_clip_pytorch_model.bin")
+    tagged |= {"hf_hub": "owner/tiny/", "quick_gelu": True}
+    read = read_model(Path("tiny-clip:some"))
+    assert read.notes == []
+    assert read.model.architecture == clip_table() | {"quick_gelu": True}
+    assert read.model.info.name == "tiny-clip:some"
+    assert read.model.transform.resize_mode == "squash"
+    assert read.model.transform.size == (32, 32)
+    own = read.model.network.state_dict()
+    assert all(torch.equal(own[name], weights[name]) for name in weights)
+
+
+def test_weights_in_open_clips_own_cache_are_found_too(
+    hub: Any, tagged: dict[str, Any], clip: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    tagged |= {"hf_hub": "owner/tiny/", "url": "https://weights.test/tiny-0123.pt"}
+    with pytest.raises(
+        ConfigError, match="in no cache of .*; fetch https://weights.test/tiny-0123"
+    ):
+        read_model(Path("tiny-clip:some"))
+    (tmp_path / ".cache" / "clip").mkdir(parents=True)
+    torch.save(clip.network.state_dict(), tmp_path / ".cache" / "clip" / "tiny-0123.pt")
+    assert read_model(Path("tiny-clip:some")).model.architecture == clip_table()
+
+
+def test_a_tag_that_open_clip_does_not_know_is_refused_with_those_that_it_does() -> None:
+    with pytest.raises(ConfigError, match=r"no weights 'laion' of ViT-B-32; it knows openai, "):
+        read_model(Path("ViT-B-32:laion"))
+    with pytest.raises(ConfigError, match="no architecture 'ViT-B-33'; did you mean ViT-B-32"):
+        read_model(Path("ViT-B-33:openai"))
 
 
 def test_an_architecture_beside_a_directory_is_refused(clip: Model, tmp_path: Path) -> None:

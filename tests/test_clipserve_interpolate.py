@@ -7,8 +7,9 @@ from conftest import tiny_architecture
 from safetensors.torch import load_file
 
 from clipserve import checkpoint
+from clipserve.convert import export_model, import_model
 from clipserve.errors import CheckpointError, ConfigError
-from clipserve.interpolate import interpolate, mix
+from clipserve.interpolate import interpolate, load_pair, mix
 from clipserve.model import create
 
 
@@ -83,6 +84,52 @@ def test_models_of_another_kind_are_refused_with_what_differs(
     assert not (tmp_path / "mixed").exists()
 
 
+def test_what_changes_no_vector_is_no_difference(model_dir: Path, tmp_path: Path) -> None:
+    table = tiny_architecture()
+    vision = table["vision_cfg"] | {"patch_dropout": 0.5, "mlp_ratio": 4.0}
+    other = save(tmp_path / "other", vision_cfg=vision, quick_gelu=False)
+    for alpha, end in ((0.0, model_dir), (1.0, other)):
+        fingerprint = interpolate(model_dir, other, alpha, tmp_path / f"at-{alpha}")
+        assert fingerprint == checkpoint.verify(end)["fingerprint"]
+
+
+def test_a_model_and_its_round_trip_through_transformers_are_of_one_kind(
+    model_dir: Path, tmp_path: Path
+) -> None:
+    export_model(model_dir, tmp_path / "theirs", "transformers")
+    import_model(tmp_path / "theirs", tmp_path / "back")
+    interpolate(model_dir, tmp_path / "back", 0.5, tmp_path / "mixed")
+    start, found = weights(model_dir), weights(tmp_path / "mixed")
+    assert all(torch.equal(start[name], found[name]) for name in start)
+
+
+def begun(folder: Path, start: Path | None, seed: int) -> Path:
+    """A model that says of which one it was trained."""
+    training = {}
+    if start is not None:
+        told = checkpoint.read_description(start)
+        training = {"start": told["name"], "start_fingerprint": told["fingerprint"]}
+    torch.manual_seed(seed)
+    checkpoint.save(create(tiny_architecture()), folder, name=folder.name, training=training)
+    return folder
+
+
+def test_a_start_that_the_second_was_not_trained_from_is_warned_of(
+    model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = begun(tmp_path / "other", None, 1)
+    tuned, twin = (begun(tmp_path / name, model_dir, n) for n, name in ((2, "tuned"), (3, "twin")))
+    for start in (model_dir, twin, tuned):
+        load_pair(start, tuned)
+    load_pair(tuned, model_dir)
+    load_pair(model_dir, other)  # which does not say
+    assert caplog.text == ""
+    load_pair(other, tuned)
+    (line,) = caplog.messages
+    assert f"{tuned} was trained from tiny (" in line
+    assert f"not from {other} (" in line
+
+
 def test_another_tokenizer_is_another_kind(tmp_path: Path) -> None:
     from albefs import albef_table, vocabulary
 
@@ -101,7 +148,7 @@ def test_another_tokenizer_is_another_kind(tmp_path: Path) -> None:
 
 
 def test_what_is_there_already_stays(model_dir: Path, tuned: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="exists already"):
+    with pytest.raises(ConfigError, match="is there already"):
         interpolate(model_dir, tuned, 0.5, tuned)
     with pytest.raises(CheckpointError, match="not a model directory"):
         interpolate(model_dir, tmp_path / "nowhere", 0.5, tmp_path / "mixed")

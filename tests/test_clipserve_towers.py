@@ -4,10 +4,11 @@ from typing import Any
 
 import pytest
 import torch
+from albefs import albef_table, open_clip_vision
 from cocas import coca_architecture
 
 from clipserve.errors import ConfigError
-from clipserve.towers import architecture_config, build_network, is_plain
+from clipserve.towers import PatchDropout, architecture_config, build_network, is_plain
 
 
 def test_unknown_architecture_names_the_nearest() -> None:
@@ -51,6 +52,35 @@ def test_a_timm_tower_builds(architecture: dict[str, Any]) -> None:
     }
     network: Any = build_network(architecture).eval()
     assert network.visual(torch.zeros(1, 3, 32, 32)).shape == (1, 16)
+
+
+def test_patch_dropout_keeps_the_class_token_and_the_patches_that_open_clips_would() -> None:
+    from open_clip.transformer import PatchDropout as OpenClips
+
+    x = torch.randn(3, 8, 5)
+    torch.manual_seed(0)
+    ours = PatchDropout(0.4)(x)
+    torch.manual_seed(0)
+    assert torch.equal(ours, OpenClips(0.4)(x))
+    assert ours.shape == (3, 5, 5)
+    assert torch.equal(ours[:, 0], x[:, 0])
+    assert PatchDropout(0.4).eval()(x) is x
+
+
+def test_patch_dropout_draws_where_the_patches_are() -> None:
+    dropped = PatchDropout(0.5)(torch.empty(3, 5, 2, device="meta"))
+    assert (dropped.shape, dropped.device.type) == ((3, 3, 2), "meta")
+
+
+def test_every_tower_of_open_clips_has_our_patch_dropout(architecture: dict[str, Any]) -> None:
+    plain: Any = build_network(architecture)
+    coca, albef = coca_architecture(), albef_table(open_clip_vision())
+    for table in (architecture, architecture | {"custom_text": True}, coca, albef):
+        table["vision_cfg"]["patch_dropout"] = 0.5
+        tower: Any = build_network(table).visual
+        assert isinstance(tower.patch_dropout, PatchDropout)
+    architecture["vision_cfg"]["patch_dropout"] = 0.5
+    assert build_network(architecture).state_dict().keys() == plain.state_dict().keys()
 
 
 def test_the_published_coca_tables_build() -> None:

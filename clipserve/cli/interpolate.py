@@ -16,9 +16,14 @@ _SHOWN = {"R@1": "mean_r1", "R@10": "mean_r10"}
 def interpolate(
     start: Annotated[Path, typer.Argument(metavar="START", help="The model before.")],
     tuned: Annotated[Path, typer.Argument(metavar="TUNED", help="What was trained from it.")],
-    out: Annotated[Path, typer.Option(help="Model directory to write; a JSON file for --sweep.")],
     alpha: Annotated[
         float | None, typer.Option(min=0, max=1, help="How far to go: 0 is START, 1 TUNED.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Model directory to write, absent: TUNED-alpha-ALPHA; of --sweep a JSON file."
+        ),
     ] = None,
     sweep: Annotated[
         str | None, typer.Option(help="Several alphas, comma separated: measure, write no model.")
@@ -33,10 +38,14 @@ def interpolate(
     if (alpha is None) == (sweep is None):
         raise ConfigError("give either --alpha, to write a model, or --sweep, to measure several")
     if alpha is not None:
-        if data:
-            raise ConfigError("--data is for --sweep; measure one model with clipserve evaluate")
+        if data or (device, dtype) != ("auto", "auto"):
+            raise ConfigError(
+                "--data, --device and --dtype are for --sweep; measure one model with clipserve"
+                " evaluate"
+            )
         from clipserve.interpolate import interpolate as run
 
+        out = out or tuned.parent / f"{tuned.absolute().name}-alpha-{alpha:g}"
         print_line(f"model: {out} ({run(start, tuned, alpha, out)[:12]})")
         return
     assert sweep is not None
@@ -48,14 +57,14 @@ def _sweep(
     tuned: Path,
     alphas: list[float],
     data: list[Path],
-    out: Path,
+    out: Path | None,
     device: str,
     dtype: str,
 ) -> None:
     if not data:
         raise ConfigError("--sweep needs --data, the shards to measure on; once for each task")
-    if out.is_dir():
-        raise ConfigError(f"--out {out} is a directory; with --sweep name a JSON file")
+    if out is not None and out.exists():
+        raise ConfigError(f"--out {out} is there already; with --sweep name a new JSON file")
     from clipserve.files import write_atomic
     from clipserve.interpolate import load_pair
     from clipserve.shards import ShardSet
@@ -64,8 +73,9 @@ def _sweep(
     sets = [ShardSet.open(folder) for folder in data]
     report = sweep(*load_pair(start, tuned), alphas, sets, device, dtype)
     report["data"] = [str(folder) for folder in data]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(out, json.dumps(report, indent=2) + "\n")
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(out, json.dumps(report, indent=2) + "\n")
     print_table(_table(report))
 
 

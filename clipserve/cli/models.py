@@ -1,20 +1,13 @@
 """Commands on one model: classify, import, export; and doctor, on the machine it would run on."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, get_args
 
 import typer
 
 from clipserve.cli.options import Device, Dtype, Json, ModelDir, pick
 from clipserve.console import print_json, print_line
 from clipserve.errors import ConfigError
-
-_FORMS: tuple[Literal["albef", "open_clip", "transformers", "onnx"], ...] = (
-    "albef",
-    "open_clip",
-    "transformers",
-    "onnx",
-)
 
 
 def classify(
@@ -48,7 +41,11 @@ def classify(
 
 def import_model(
     source: Annotated[
-        Path, typer.Argument(help="Directory of open_clip, transformers or clipserve; or a file.")
+        Path,
+        typer.Argument(
+            help="Directory of open_clip, transformers or clipserve; or a file; or what other"
+            " programs have fetched: hf-hub:OWNER/NAME, ViT-B-32:openai."
+        ),
     ],
     out: Annotated[Path, typer.Argument(help="New model directory.")],
     architecture: Annotated[
@@ -88,20 +85,16 @@ def export_model(
     to: Annotated[
         str,
         typer.Option("--to", "--format", help="open_clip, transformers, onnx, or albef: one file."),
-    ] = "albef",
+    ],
 ) -> None:
     """Write a model directory as others read it, and hold what was written against it."""
-    from clipserve.convert import export_checkpoint
     from clipserve.convert import export_model as convert
+    from clipserve.convert.writing import Form
 
-    form = pick(to, _FORMS, "--to")
-    if form == "albef":
-        export_checkpoint(Path(model), out, form)
-    else:
-        proof, notes = convert(Path(model), out, form)
-        for note in notes:
-            print_line(f"otherwise there: {note}")
-        print_line(str(proof))
+    proof, notes = convert(Path(model), out, pick(to, get_args(Form), "--to"))
+    for note in notes:
+        print_line(f"otherwise there: {note}")
+    print_line(str(proof))
     print_line(f"written: {out}")
 
 

@@ -1,13 +1,17 @@
 """Commands on runs: train, runs, evaluate."""
 
+import signal
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
 from clipserve.cli.options import Device, Dtype, Json, ModelDir, pick
 from clipserve.console import fail, log_to_stderr, print_json, print_line, print_table
 from clipserve.errors import ConfigError
+
+if TYPE_CHECKING:
+    from training.loop import TrainResult
 
 
 def train(
@@ -42,6 +46,7 @@ def train(
         given, config = [str(config), *given], None
     settings = load_config(config, given)
     log_to_stderr()
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # it would end what does not listen yet
     if processes > 1 or max_restarts:
         from training.launch import launch
 
@@ -51,11 +56,7 @@ def train(
 
     result = run(settings, resume)
     if result.stopped_by is not None:
-        saved = f"after step {result.step}, which is saved" if result.step else "before any step"
-        fail(
-            f"stopped by {result.stopped_by.name} {saved}; the same command goes on from there",
-            code=128 + result.stopped_by,
-        )
+        fail(f"stopped by {result.stopped_by.name} {_rest(result)}", code=128 + result.stopped_by)
     rates = "  ".join(
         f"{key.removeprefix('val/')} {value:.1%}"
         for key, value in result.metrics.items()
@@ -68,6 +69,17 @@ def train(
     speed = f"{result.samples_per_second:.0f} samples/s"
     print_line(f"trained {result.step} steps in {result.seconds:.0f} s ({speed})  {rates}")
     print_line(f"model: {result.best}")
+
+
+def _rest(result: "TrainResult") -> str:
+    """Where a run was stopped, and how it goes on."""
+    if result.aside is not None:
+        return (
+            f"after step {result.step}, which was skipped: the weights may be broken, and are kept"
+            f" as {result.aside} for --resume; the same command goes on from the checkpoint before"
+        )
+    saved = f"after step {result.step}, which is saved" if result.step else "before any step"
+    return f"{saved}; the same command goes on from there"
 
 
 def runs(

@@ -6,8 +6,6 @@ and queues, is albef.py. Nothing is downloaded, and nothing in a file is execute
 """
 
 from clipserve.convert.albef import export_checkpoint as export_checkpoint
-from clipserve.convert.albef import import_checkpoint as import_checkpoint
-from clipserve.convert.albef import read_albef as read_albef
 from clipserve.convert.albef import write_albef as write_albef
 from clipserve.convert.reading import import_model as import_model
 from clipserve.convert.reading import read_model as read_model

@@ -3,7 +3,7 @@
 Such a file is `torch.save({"model": tensors, ...})` with the weights, their momentum copies (`_m`)
 and the queues. Read and written again it is the same, tensor by tensor, bit by bit. Pre-trained
 ones hold a whole BertForMaskedLM; those fine-tuned for retrieval a BertModel, without a head for
-masked words, and a queue of picture ids. Start at `import_checkpoint`.
+masked words, and a queue of picture ids. Start at `find_albef` and `export_checkpoint`.
 
 Legend: E embedding, K queue length, G patches along a side, D width.
 """
@@ -11,21 +11,21 @@ Legend: E embedding, K queue length, G patches along a side, D width.
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
-from clipserve import checkpoint
+from clipserve import checkpoint, wordpiece
 from clipserve.albef import Albef, TimmTower
-from clipserve.convert.found import refuse_existing
+from clipserve.convert.found import Found, count_parts, refuse_existing
+from clipserve.convert.proof import Proof, prove
 from clipserve.errors import CheckpointError, ConfigError
 from clipserve.files import new_file
 from clipserve.images import ImageTransform
-from clipserve.model import Model, ModelInfo, assemble
-from clipserve.text import Tokenizer
+from clipserve.model import Model, ModelInfo
 from clipserve.towers import build_network
-from clipserve.weights import bert_names, check_names, interpolate_positions, read_tensors
+from clipserve.weights import bert_names, check_names, read_tensors
 
 _HEAD_WIDTH = 64
 """of BERT's and DeiT's attention; the one size that cannot be read from the weights"""
@@ -44,103 +44,81 @@ _QUEUE = {
 }
 _RUN_QUEUE = {"stored_image", "stored_text", "stored_groups", "_extra_state"}
 """what a training run saves of its queue; the last is how many pairs were ever pushed"""
+_SCALE_ROUNDING = 1e-6
+"""what float32 leaves of a float64 temperature; all else comes back to the last bit"""
 _WORDS, _DECODER = "bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"
 _BIAS, _DECODER_BIAS = "cls.predictions.bias", "cls.predictions.decoder.bias"
 
 
-def import_checkpoint(
-    source: Path,
-    out: Path,
-    kind: Literal["albef"] = "albef",
-    image_size: int | None = None,
-    tokenizer: Path | None = None,
-) -> str:
-    """Write a model directory from somebody else's checkpoint; returns its fingerprint.
+def is_albef(tensors: Iterable[str]) -> bool:
+    """Whether they are what ALBEF publishes, by their names."""
+    return any(name.startswith("visual_encoder.") for name in tensors)
 
-    `tokenizer` is the folder of the BERT whose vocabulary the model was trained with; `image_size`
-    another input size than the checkpoint's. Raises ConfigError or CheckpointError.
+
+def find_albef(tensors: Mapping[str, Tensor], file: Path, tokenizer: Path | None) -> Found:
+    """The model of a published checkpoint, which holds `tensors`.
+
+    Sizes and numbers of layers are the tensors'; heads are 64 wide. Half-precision tensors become
+    float32, which is exact. `momentum` holds `twin.NAME` for each parameter of the network that has
+    a momentum copy, and `queue.image` and `queue.text` (K, E), `queue.cursor` (1,),
+    `queue.pictures` (K,) if there is one; it is None for a file without. Raises CheckpointError,
+    naming tensors that are missing or left over; ConfigError for another vocabulary.
     """
-    _check_kind(kind)
     if tokenizer is None:
         raise ConfigError(
-            "an ALBEF checkpoint does not hold its vocabulary; name the folder of a local"
-            " bert-base-uncased (its vocab.txt or tokenizer.json) as the tokenizer"
+            f"{file} is an ALBEF's checkpoint, which does not hold its vocabulary; name the folder"
+            " of a local bert-base-uncased (its vocab.txt or tokenizer.json) as `clipserve import"
+            " --tokenizer`"
         )
-    model, momentum = read_albef(source, tokenizer, image_size)
-    words = () if model.network.token_head is None else ("masked_language",)
-    objective = ("momentum_contrast", "matching", *words)
-    return checkpoint.save(model, out, name=source.stem, objective=objective, momentum=momentum)
+    table, network, weights, momentum = _read(tensors, file)
+    _check_vocabulary(tokenizer, table["text_cfg"]["vocab_size"], file)
+    size = table["vision_cfg"]["image_size"]
+    words = () if network.token_head is None else ("masked_language",)
+    return Found(
+        tensors=weights,
+        architecture=table,
+        transform=ImageTransform((size, size), resize_mode="squash"),
+        tokenizer=tokenizer,
+        info=ModelInfo(file.stem, objective=("momentum_contrast", "matching", *words)),
+        momentum=momentum,
+    )
 
 
-def export_checkpoint(source: Path, out: Path, kind: Literal["albef"] = "albef") -> None:
-    """Write the model of a directory as ALBEF's file; the inverse of `import_checkpoint`.
+def export_checkpoint(source: Path, out: Path) -> tuple[Proof, list[str]]:
+    """Write the model of a directory as ALBEF's file, and hold what is read of it against it.
 
     ALBEF's own code wants momentum copies in every file. They are those of the training run, if
     `source` is a checkpoint of one that had them; else those that the model was imported with; else
     the weights themselves. The queue comes with the copies. One of a run is left out while it is
     not full, which ALBEF's cannot say; and so are the numbers of its pictures, which mean nothing
-    beside other data. Raises ConfigError for a model that the layout cannot hold and for a file
-    that is there, CheckpointError for a damaged directory.
+    beside other data. Returns the least cosines, and a line for each thing that is otherwise there.
+    Raises ConfigError for a model that the layout cannot hold and for a file that is there,
+    CheckpointError for a damaged directory, and for a file that embeds otherwise; it is not left.
     """
-    _check_kind(kind)
     refuse_existing(out)
     model = checkpoint.load_for_training(source)
     weights = model.network.state_dict()
     momentum = _read_run(source / "state", weights.keys()) or checkpoint.load_momentum(source)
-    write_albef(model, momentum or _as_twin(weights), out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with new_file(out) as stream:
+        write_albef(model, momentum or _as_twin(weights), stream)
+        stream.flush()
+        return _prove(model, Path(stream.name)), _differences(model)
 
 
-def read_albef(
-    file: Path, tokenizer: Path, image_size: int | None = None
-) -> tuple[Model, dict[str, Tensor] | None]:
-    """The model in a published checkpoint, and what it remembers beside it.
+def write_albef(model: Model, momentum: Mapping[str, Tensor] | None, file: Path | BinaryIO) -> None:
+    """Write the published layout, float32; the inverse of `find_albef`.
 
-    Sizes and numbers of layers are the tensors'; heads are 64 wide. Half-precision tensors become
-    float32, which is exact. The second value holds `twin.NAME` for each parameter of the network
-    that has a momentum copy, and `queue.image` and `queue.text` (K, E), `queue.cursor` (1,),
-    `queue.pictures` (K,) if there is one; it is None for a file without. Raises CheckpointError,
-    naming tensors that are missing or left over; ConfigError for another vocabulary.
-    """
-    tensors = {name: _widen(tensor) for name, tensor in read_tensors(file).items()}
-    online = {name: t for name, t in tensors.items() if not _is_momentum(name)}
-    kept = {name: t for name, t in tensors.items() if name not in online}
-    table = _architecture(online, file)
-    own_size = table["vision_cfg"]["image_size"]
-    table["vision_cfg"]["image_size"] = image_size or own_size
-    network = build_network(table)
-    assert isinstance(network, Albef)
-    visual: Any = network.visual
-    weights = _from_published(online, _names(network, momentum=False), file)
-    momentum = _read_momentum(kept, network, file) if kept else None
-    grid = int(visual.trunk.patch_embed.grid_size[0])
-    for group, prefix in ((weights, ""), (momentum or {}, "twin.")):
-        name = f"{prefix}visual.trunk.pos_embed"
-        if name in group:
-            group[name] = interpolate_positions(group[name], grid)
-    _load(network, weights, file)
-    words = Tokenizer(table["text_cfg"] | {"tokenizer_path": str(tokenizer)})
-    if words.vocab_size != table["text_cfg"]["vocab_size"]:
-        raise ConfigError(
-            f"{tokenizer} has {words.vocab_size} tokens, {file} was trained with"
-            f" {table['text_cfg']['vocab_size']}: it is another vocabulary"
-        )
-    size = table["vision_cfg"]["image_size"]
-    transform = ImageTransform((size, size), resize_mode="squash")
-    model = assemble(network.eval(), table, transform, words, ModelInfo(file.stem))
-    return model, momentum
-
-
-def write_albef(model: Model, momentum: Mapping[str, Tensor] | None, file: Path) -> None:
-    """Write the published layout, float32; the inverse of `read_albef`.
-
-    `momentum` as that returns it; None leaves momentum copies and queues out. Raises ConfigError
-    for a model that the layout cannot hold.
+    `momentum` as that finds it; None leaves momentum copies and queues out. Raises ConfigError for
+    a model that the layout cannot hold.
     """
     network = model.network
     if not isinstance(network, Albef) or not isinstance(network.visual, TimmTower):
-        raise ConfigError("ALBEF's format holds models with fusion_cfg and a timm ViT only")
-    weights = network.state_dict()
-    tensors = _to_published(weights, _names(network, momentum=False))
+        raise ConfigError(
+            "ALBEF's format holds models with fusion_cfg and a timm ViT only; this one can be"
+            f" exported --to {'onnx' if model.has_fusion else 'open_clip, transformers or onnx'}"
+        )
+    tensors = _to_published(network.state_dict(), _names(network, momentum=False))
     if momentum is not None:
         twin = {k.removeprefix("twin."): v for k, v in momentum.items() if k.startswith("twin.")}
         tensors |= _to_published(twin, _names(network, momentum=True))
@@ -149,14 +127,63 @@ def write_albef(model: Model, momentum: Mapping[str, Tensor] | None, file: Path)
             for ours, theirs in _QUEUE.items()
             if ours in momentum
         }
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with new_file(file) as stream:
-        torch.save({"model": tensors}, stream)
+    torch.save({"model": tensors}, file)
 
 
-def _check_kind(kind: str) -> None:
-    if kind != "albef":
-        raise ConfigError(f"unknown kind of checkpoint {kind!r}; known: albef")
+def _read(
+    tensors: Mapping[str, Tensor], file: Path
+) -> tuple[dict[str, Any], Albef, dict[str, Tensor], dict[str, Tensor] | None]:
+    """Its architecture, a network of that with fresh weights, the weights, and the momentum."""
+    wide = {name: _widen(tensor) for name, tensor in tensors.items()}
+    online = {name: tensor for name, tensor in wide.items() if not _is_momentum(name)}
+    kept = {name: tensor for name, tensor in wide.items() if name not in online}
+    table = _architecture(online, file)
+    network = build_network(table)
+    assert isinstance(network, Albef)
+    weights = _from_published(online, _names(network, momentum=False), file)
+    return table, network, weights, _read_momentum(kept, network, file) if kept else None
+
+
+def _prove(model: Model, file: Path) -> Proof:
+    """What the file does not hold, how pictures are prepared and texts are read, is as in ours."""
+    table, network, weights, _ = _read(read_tensors(file), file)
+    for name, tensor in model.network.state_dict().items():
+        allowed = _SCALE_ROUNDING if name == "logit_scale" else 0
+        if not torch.allclose(weights[name], tensor.to(weights[name]), rtol=0, atol=allowed):
+            raise CheckpointError(f"{name} comes back otherwise from what was written")
+    network.load_state_dict(weights)
+    again = Model(network.eval(), table, model.transform, model.tokenizer, model.info)
+    return prove(
+        model,
+        again.embed_images,
+        lambda texts: again.encode_text(again.tokenizer(texts).ids).numpy(),
+    )
+
+
+def _differences(model: Model) -> list[str]:
+    """What the file does not say, and ALBEF's code does in its own way."""
+    notes = []
+    squashed = ImageTransform(model.transform.size, resize_mode="squash")
+    if model.transform != squashed:
+        notes.append(
+            "pictures: ALBEF's code squashes them to the input's size, and normalises them as CLIP;"
+            f" this model has resize_mode = {model.transform.resize_mode}"
+        )
+    if model.context_length != _CONTEXT_LENGTH:
+        notes.append(
+            f"texts: ALBEF's code cuts them at its max_words; this model reads"
+            f" {model.context_length} tokens"
+        )
+    return notes
+
+
+def _check_vocabulary(tokenizer: Path, size: int, file: Path) -> None:
+    found = wordpiece.load(tokenizer).vocab_size
+    if found != size:
+        raise ConfigError(
+            f"{tokenizer} has {found} tokens, {file} was trained with {size}: it is another"
+            " vocabulary"
+        )
 
 
 def _names(network: Albef, momentum: bool) -> dict[str, str]:
@@ -279,14 +306,6 @@ def _widen(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.is_floating_point() else tensor
 
 
-def _load(network: Albef, weights: dict[str, Tensor], file: Path) -> None:
-    try:
-        network.load_state_dict(weights)
-    except RuntimeError as error:
-        first = str(error).splitlines()[1:2] or [str(error)]
-        raise CheckpointError(f"{file} is not one ALBEF: {first[0].strip()}") from None
-
-
 def _architecture(tensors: dict[str, Tensor], file: Path) -> dict[str, Any]:
     """The table of an ALBEF with tensors of these shapes."""
 
@@ -299,7 +318,7 @@ def _architecture(tensors: dict[str, Tensor], file: Path) -> dict[str, Any]:
     bert = "text_encoder.bert" if has_head else "text_encoder"
     vocab_size, width = shape(f"{bert}.embeddings.word_embeddings.weight")
     positions, _ = shape(f"{bert}.embeddings.position_embeddings.weight")
-    layers = _count(tensors, f"{bert}.encoder.layer.")
+    layers = count_parts(tensors, f"{bert}.encoder.layer.")
     fusion_layers = sum(
         f"{bert}.encoder.layer.{number}.crossattention.self.query.weight" in tensors
         for number in range(layers)
@@ -317,7 +336,7 @@ def _architecture(tensors: dict[str, Tensor], file: Path) -> dict[str, Any]:
             "image_size": math.isqrt(rows - 1) * patch,
             "patch_size": patch,
             "width": image_width,
-            "layers": _count(tensors, "visual_encoder.blocks."),
+            "layers": count_parts(tensors, "visual_encoder.blocks."),
             "head_width": _HEAD_WIDTH,
             "mlp_ratio": shape("visual_encoder.blocks.0.mlp.fc1.weight")[0] / image_width,
         },
@@ -333,8 +352,3 @@ def _architecture(tensors: dict[str, Tensor], file: Path) -> dict[str, Any]:
         },
         "fusion_cfg": {"layers": fusion_layers, "token_head": has_head},
     }
-
-
-def _count(tensors: Iterable[str], prefix: str) -> int:
-    """How many numbered parts there are under a prefix."""
-    return len({name[len(prefix) :].split(".")[0] for name in tensors if name.startswith(prefix)})

@@ -37,7 +37,10 @@ def read_archive(file: Path) -> dict[str, Tensor]:
             with archive.open(root) as content:
                 tree = _TensorUnpickler(content, archive, root.removesuffix("data.pkl")).load()
     except (OSError, zipfile.BadZipFile, StopIteration, *_UNPICKLING_ERRORS) as error:
-        raise CheckpointError(f"{file} cannot be read as a TorchScript archive: {error}") from None
+        raise CheckpointError(
+            f"{file} cannot be read as one of OpenAI's TorchScript archives ({error}); fetch it"
+            " again, or save its state_dict() as a file of weights and name its architecture"
+        ) from None
     tensors = dict(_tensors_of(tree, ""))
     if not tensors:
         raise CheckpointError(f"{file} holds no tensors")

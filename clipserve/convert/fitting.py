@@ -3,7 +3,8 @@
 Text positions, where texts become longer: the first 20, which short texts have trained, stay, the
 others are stretched over the rest (Long-CLIP, arXiv:2403.15378, section 3.1); a table of at most 20
 is stretched as a whole. Where they become shorter, the first ones stay. A last row that the text is
-read from (SigLIP, CoCa's class token) stays the last. Image positions: bicubic, as open_clip.
+read from (SigLIP, CoCa's class token) stays the last. Image positions: bicubic, as open_clip, of an
+ALBEF as its own code does, which does not smooth where they become fewer.
 
 Legend: T text positions, D width.
 """
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clipserve.albef import TextConfig
 from clipserve.errors import ConfigError
 from clipserve.weights import grid_of, resize_positions
 
@@ -34,12 +36,14 @@ def change_sizes(
 ) -> dict[str, Any]:
     """The table with another context or image size; ConfigError where it has none to change."""
     changed = copy.deepcopy(table)
+    is_albef = "fusion_cfg" in table
     text = changed["text_cfg"]
-    if context_length is not None and context_length != text.get("context_length", 77):
-        if "fusion_cfg" in table:
-            raise ConfigError("the text context of an ALBEF cannot be changed; train one with it")
+    own_length = text.get("context_length", TextConfig.context_length if is_albef else 77)
+    if context_length is not None and context_length != own_length:
         if context_length < 3:
             raise ConfigError(f"a text context of {context_length} leaves no room for a word")
+        if is_albef:  # whose table stays, and is the most that can be read
+            text["positions"] = text.get("positions") or own_length
         text["context_length"] = context_length
         if "multimodal_cfg" in changed:
             changed["multimodal_cfg"]["context_length"] = context_length
@@ -49,7 +53,7 @@ def change_sizes(
         raise ConfigError(f"an image size of {image_size} is less than one patch of {patch}")
     if image_size is not None and image_size != own_size:
         changed["vision_cfg"]["image_size"] = image_size
-        if "timm_model_name" in table["vision_cfg"] and "fusion_cfg" not in table:
+        if "timm_model_name" in table["vision_cfg"] and not is_albef:
             name = table["vision_cfg"]["timm_model_name"]
             changed["vision_cfg"]["timm_model_name"] = _of_size(name, own_size, image_size)
     return changed
@@ -63,15 +67,20 @@ def _of_size(name: str, before: int, after: int) -> str:
         return name
     other = f"{name.removesuffix(f'_{before}')}_{after}"
     if not timm.is_model(other):
-        raise ConfigError(f"timm has no {other}: the input size of {name} cannot be {after}")
+        stem = name.removesuffix(str(before))
+        known = {found.removeprefix(stem) for found in timm.list_models(f"{stem}*")}
+        sizes = ", ".join(sorted((size for size in known if size.isdecimal()), key=int))
+        raise ConfigError(f"timm has no {other}: the input size of {stem}* can be {sizes}")
     return other
 
 
 def fit_positions(
-    tensors: dict[str, Tensor], own: Mapping[str, Tensor], text_config: dict[str, Any]
+    tensors: dict[str, Tensor], own: Mapping[str, Tensor], table: Mapping[str, Any]
 ) -> list[str]:
-    """Resize, in place, the position tables to those of the network; a line for each change."""
+    """Resize, in place, the position tables to those of the network, which has the architecture
+    `table`; a line for each change."""
     notes = []
+    text_config = table["text_cfg"]
     keeps_last = text_config.get("pool_type") == "last" or bool(text_config.get("embed_cls"))
     for name in _TEXT:
         if name in tensors and name in own and tensors[name].shape != own[name].shape:
@@ -80,8 +89,9 @@ def fit_positions(
             notes.append(_describe_text(before, after, keeps_last))
     for name in _IMAGE:
         if name in tensors and name in own and tensors[name].shape != own[name].shape:
-            before, after = (grid_of(table[name].shape[-2]) for table in (tensors, own))
-            tensors[name] = resize_positions(tensors[name], own[name], antialias=True)
+            before, after = (grid_of(some[name].shape[-2]) for some in (tensors, own))
+            smooths = "fusion_cfg" not in table
+            tensors[name] = resize_positions(tensors[name], own[name], antialias=smooths)
             notes.append(
                 f"image positions {before}x{before} -> {after}x{after}: interpolated, bicubic"
             )

@@ -8,16 +8,15 @@ from typing import Any
 
 from torch import Tensor
 
-from clipserve.convert.archives import is_archive, read_archive
-from clipserve.convert.found import Found
+from clipserve import checkpoint
+from clipserve.convert.found import Found, count_parts
 from clipserve.errors import CheckpointError, ConfigError
 from clipserve.images import ImageTransform
 from clipserve.model import ModelInfo
 from clipserve.towers import architecture_config
 from clipserve.weights import read_tensors
 
-CONFIG = "open_clip_config.json"
-_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "open_clip_model.pt")
+WEIGHTS = (checkpoint.WEIGHTS, "open_clip_pytorch_model.bin", "open_clip_model.pt")
 _TEXT_PARTS = (
     "text_projection",
     "positional_embedding",
@@ -32,7 +31,7 @@ _HEAD_WIDTH = 64
 
 def read_directory(directory: Path, tokenizer: Path | None = None) -> Found:
     """An open_clip directory: open_clip_config.json beside the weights."""
-    file = directory / CONFIG
+    file = directory / checkpoint.OPEN_CLIP_CONFIG
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
         table, preprocess = config["model_cfg"], config.get("preprocess_cfg") or {}
@@ -41,9 +40,9 @@ def read_directory(directory: Path, tokenizer: Path | None = None) -> Found:
         raise CheckpointError(f"{file} is no configuration of open_clip's: {error}") from None
     if not all(isinstance(part, dict) for part in tables):
         raise CheckpointError(f"{file} is no configuration of open_clip's: a part is no table")
-    weights = next((directory / n for n in _WEIGHTS if (directory / n).is_file()), None)
+    weights = next((directory / n for n in WEIGHTS if (directory / n).is_file()), None)
     if weights is None:
-        raise CheckpointError(f"{directory} holds none of {', '.join(_WEIGHTS)}")
+        raise CheckpointError(f"{directory} holds none of {', '.join(WEIGHTS)}")
     size = table["vision_cfg"].get("image_size", 224)
     return Found(
         tensors=_for_architecture(read_tensors(weights), table),
@@ -54,12 +53,21 @@ def read_directory(directory: Path, tokenizer: Path | None = None) -> Found:
     )
 
 
-def read_weights(file: Path, architecture: str | None, tokenizer: Path | None = None) -> Found:
-    """A file of weights, of an architecture that is named; OpenAI's ViTs say theirs themselves."""
-    is_openai = is_archive(file)
-    tensors = read_archive(file) if is_openai else read_tensors(file)
+def find_weights(
+    tensors: dict[str, Tensor],
+    file: Path,
+    *,
+    is_openai: bool,
+    architecture: str | None,
+    tokenizer: Path | None,
+) -> Found:
+    """The weights of a file, of an architecture that is named; OpenAI's ViTs say theirs themselves.
+
+    `is_openai`: it is one of OpenAI's archives, all of which compute QuickGELU, though most of
+    open_clip's tables of their names do not.
+    """
     if architecture is not None:
-        table = architecture_config(architecture)
+        table = architecture_config(architecture) | ({"quick_gelu": True} if is_openai else {})
     elif is_openai:
         table = _openai_architecture(tensors, file)
     else:
@@ -76,6 +84,12 @@ def read_weights(file: Path, architecture: str | None, tokenizer: Path | None = 
         info=ModelInfo(file.stem),
         notes=notes,
     )
+
+
+def preparation(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of open_clip's notes on published weights is a `preprocess_cfg`."""
+    keys = ("mean", "std", "interpolation", "resize_mode")
+    return {key: config[key] for key in keys if config.get(key) is not None}
 
 
 def _tokenizer_in(directory: Path, table: dict[str, Any]) -> Path | None:
@@ -101,11 +115,9 @@ def _published_transform(architecture: str) -> tuple[ImageTransform | None, list
     from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 
     name = architecture.replace("/", "-")
-    keys = ("mean", "std", "interpolation", "resize_mode")
     seen = []
     for tag in list_pretrained_tags_by_model(name):
-        config = get_pretrained_cfg(name, tag)
-        used = {key: config[key] for key in keys if config.get(key) is not None}
+        used = preparation(get_pretrained_cfg(name, tag))
         if used not in seen:
             seen.append(used)
     if len(seen) == 1:
@@ -128,7 +140,7 @@ def _openai_architecture(tensors: Mapping[str, Tensor], file: Path) -> dict[str,
             "image_size": grid * patch,
             "patch_size": patch,
             "width": image_width,
-            "layers": _count(tensors, "visual.transformer.resblocks."),
+            "layers": count_parts(tensors, "visual.transformer.resblocks."),
             "head_width": _HEAD_WIDTH,
         },
         "text_cfg": {
@@ -136,11 +148,6 @@ def _openai_architecture(tensors: Mapping[str, Tensor], file: Path) -> dict[str,
             "vocab_size": len(tensors["token_embedding.weight"]),
             "width": text_width,
             "heads": max(1, text_width // _HEAD_WIDTH),
-            "layers": _count(tensors, "transformer.resblocks."),
+            "layers": count_parts(tensors, "transformer.resblocks."),
         },
     }
-
-
-def _count(tensors: Mapping[str, Tensor], prefix: str) -> int:
-    """Numbered layers below a prefix."""
-    return len({name[len(prefix) :].split(".")[0] for name in tensors if name.startswith(prefix)})

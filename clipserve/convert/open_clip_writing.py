@@ -8,22 +8,25 @@ import numpy as np
 import torch
 from PIL import Image
 
-from clipserve.convert.open_clip_files import CONFIG
+from clipserve import checkpoint
 from clipserve.convert.proof import Proof, large_jpeg, prove, prove_others
 from clipserve.errors import ConfigError
 from clipserve.files import save_tensors
 from clipserve.model import Model
 
-_WEIGHTS = "open_clip_model.safetensors"
-
 
 def write_open_clip(model: Model, folder: Path) -> tuple[Proof, list[str]]:
     """Weights, configuration and, where it is not CLIP's own, the tokenizer."""
     if model.has_fusion:
-        raise ConfigError("open_clip has no counterpart of an ALBEF's fusion layers (fusion_cfg)")
+        raise ConfigError(
+            "open_clip has no counterpart of an ALBEF's fusion layers (fusion_cfg); export --to"
+            " albef or onnx"
+        )
     config = {"model_cfg": model.architecture, "preprocess_cfg": model.transform.to_open_clip()}
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    save_tensors(model.network.state_dict(), folder / _WEIGHTS, metadata={"format": "pt"})
+    text = json.dumps(config, indent=2) + "\n"
+    (folder / checkpoint.OPEN_CLIP_CONFIG).write_text(text, encoding="utf-8")
+    weights = model.network.state_dict()
+    save_tensors(weights, folder / checkpoint.WEIGHTS, metadata={"format": "pt"})
     model.tokenizer.save(folder)
     return _prove(model, folder)
 

@@ -102,7 +102,8 @@ def _compare(what: str, ours: np.ndarray, theirs: np.ndarray) -> float:
         raise CheckpointError(
             f"what was written does not embed as this model does, and is removed: {what}, least"
             f" cosine {cosine:.7f}, where {LEAST_COSINE} is wanted; difference {drift:.2g}, where"
-            f" the vectors spread by {spread:.2g}"
+            f" the vectors spread by {spread:.2g}. The model is as it was: export it --to another"
+            " form"
         )
     return cosine
 

@@ -20,6 +20,7 @@ _EPS = 1e-5
 _INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}
 """Pillow's numbers"""
 _RESCALE = 1 / 255
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _PROBES = ["a photo of a cat", "Two dogs, 3 birds & a fish's pond!", "na\u00efve caf\u00e9"]
 
 SIGLIP_TOWERS = {
@@ -201,16 +202,7 @@ def _check_clip_tokenizer(folder: Path) -> None:
 
 
 def _read_weights(directory: Path, table: dict[str, Any], moves: list[Move]) -> dict[str, Tensor]:
-    files = [directory / name for name in ("model.safetensors", "pytorch_model.bin")]
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        names = _named_files(index)
-        files = [directory / Path(name).name for name in sorted(names)]
-    else:
-        files = [file for file in files if file.is_file()][:1]
-    if not files:
-        raise CheckpointError(f"{directory} holds neither model.safetensors nor pytorch_model.bin")
-    tensors = {name: t for file in files for name, t in read_tensors(file).items()}
+    tensors = {n: t for file in _weight_files(directory) for n, t in read_tensors(file).items()}
     tensors = {name: t for name, t in tensors.items() if not name.endswith(".position_ids")}
     check_names(directory, tensors, {name for move in moves for name in move.theirs})
     like = build_network(table).state_dict()
@@ -220,11 +212,18 @@ def _read_weights(directory: Path, table: dict[str, Any], moves: list[Move]) -> 
         raise CheckpointError(f"{directory}: weights do not fit config.json: {error}") from None
 
 
-def _named_files(index: Path) -> set[str]:
-    found = _read_json(index).get("weight_map")
-    if not isinstance(found, dict) or not found:
-        raise CheckpointError(f"{index} names no files of weights")
-    return {str(name) for name in found.values()}
+def _weight_files(directory: Path) -> list[Path]:
+    """In the order of transformers: whole or in parts, safetensors first."""
+    for name in _WEIGHTS:
+        file, index = directory / name, directory / f"{name}.index.json"
+        if index.is_file():
+            found = _read_json(index).get("weight_map")
+            if not isinstance(found, dict) or not found:
+                raise CheckpointError(f"{index} names no files of weights")
+            return [directory / Path(str(name)).name for name in sorted({*found.values()})]
+        if file.is_file():
+            return [file]
+    raise CheckpointError(f"{directory} holds neither {' nor '.join(_WEIGHTS)}, whole or in parts")
 
 
 def _read_transform(directory: Path, image_size: int) -> ImageTransform:
@@ -235,7 +234,8 @@ def _read_transform(directory: Path, image_size: int) -> ImageTransform:
     for step in ("do_resize", "do_rescale", "do_normalize"):
         if found.get(step, True) is not True:
             raise ConfigError(
-                f"the image processor of {directory} has {step} off, which ours has on"
+                f"the image processor of {directory} has {step} = {found[step]}; ours always does"
+                " it: set it to true if the model was trained so, else it cannot be read"
             )
     interpolation = _INTERPOLATIONS.get(found.get("resample", 3))
     if interpolation is None:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from clipserve.architecture import TRAINING
 from clipserve.convert.names import clip_moves, siglip_moves, to_theirs
 from clipserve.convert.proof import Proof, large_jpeg, prove, prove_others, shifted_picture
 from clipserve.convert.tokenizers_writing import UNREPAIRED, to_transformers
@@ -28,7 +29,9 @@ _FREE = {
     "text_cfg": {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"},
 }
 """what transformers' CLIP has with any value"""
-_TRAINING = {"patch_dropout", "pad_id", "eos_id", "timm_model_pretrained", "hf_model_pretrained"}
+_IDLE = {"pad_id", "eos_id", "timm_model_pretrained", "hf_model_pretrained"}.union(
+    *TRAINING.values()
+)
 """what changes no vector"""
 _LOADED = {"norm_kwargs", "act_kwargs", "hf_tokenizer_name", "tokenizer_kwargs", "tokenizer_mode"}
 """what is looked at elsewhere"""
@@ -56,7 +59,10 @@ def _refuse(model: Model, kind: str) -> None:
     found = [*_unknown_settings(model, kind), *_unknown_parts(model, kind)]
     if found:
         name = "SiglipModel" if kind == "siglip" else "CLIPModel"
-        raise ConfigError(f"transformers' {name} has no counterpart of {', '.join(found)}")
+        others = "onnx" if model.has_fusion else "open_clip or onnx"
+        raise ConfigError(
+            f"transformers' {name} has no counterpart of {', '.join(found)}; export --to {others}"
+        )
 
 
 def _unknown_parts(model: Model, kind: str) -> list[str]:
@@ -86,7 +92,7 @@ def _unknown_settings(model: Model, kind: str) -> list[str]:
         for key in sorted(given.keys() | wanted.keys()):
             expected = wanted.get(key, getattr(defaults, key, None))
             value = given.get(key, getattr(defaults, key, None))
-            is_free = key in _FREE[section] | _TRAINING | _LOADED
+            is_free = key in _FREE[section] | _IDLE | _LOADED
             is_any = key in wanted and expected is None
             is_list = isinstance(value, list)
             if (not is_free and not is_any and value != expected) or is_list:

@@ -8,21 +8,24 @@ from pathlib import Path
 from typing import Literal
 
 from clipserve import checkpoint
+from clipserve.convert.albef import export_checkpoint
 from clipserve.convert.found import refuse_existing
 from clipserve.convert.proof import Proof
 from clipserve.files import new_directory
 from clipserve.model import Model
 
-Form = Literal["open_clip", "transformers", "onnx"]
+Form = Literal["albef", "open_clip", "transformers", "onnx"]
 
 
 def export_model(source: Path, out: Path, form: Form) -> tuple[Proof, list[str]]:
-    """Write the model of a directory in another form into a new directory.
+    """Write the model of a directory in another form into a new directory, of albef into a file.
 
     Returns the least cosines to ours, and a line for each thing that is otherwise there. Raises
     ConfigError, naming what has no counterpart, and CheckpointError if the copy embeds otherwise;
     then nothing is left.
     """
+    if form == "albef":
+        return export_checkpoint(source, out)
     refuse_existing(out)
     model = checkpoint.load_for_training(source)
     write = _writer(form)
