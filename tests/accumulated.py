@@ -81,11 +81,11 @@ def measure(
     rows: int,
     *,
     draw: int = 1,
-    autocast: bool = False,
+    precision: str = "fp32",
     **settings: Any,
 ) -> dict[str, Tensor]:
     """Losses, reports, gradients, the weights after the step, and the queue, by name."""
-    run = make_run(case, world, folder, autocast, **settings)
+    run = make_run(case, world, folder, precision, **settings)
     ranks = [World(rank, world.size) for rank in range(world.size)]
     counts = [len(range(rows)[rank.stripe(rows)]) for rank in ranks]
     seed_step(0, draw, world.rank)

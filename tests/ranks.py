@@ -36,7 +36,8 @@ from clipserve.towers import build_network
 from training.distributed import World, connect, is_split
 from training.forward import Networks, modules_of
 from training.fsdp import split
-from training.networks import build
+from training.networks import build, plan
+from training.precision import Precision
 from training.recipe import Run
 from training.state import Counters, State
 from training.step import train_step
@@ -44,6 +45,8 @@ from training.streaming import Batch
 
 RUNS = [(1, 5), (2, 5), (1, 3), (4, 3)]
 """processes, and rows of the batch; of three rows one of four processes has none"""
+IN_PARTS = ", in micro-batches"
+"""what is added to the name of a case whose weights are split"""
 CAPTIONS = ["a red cat on a mat", "a dog", "the blue bird", "a cat", "two dogs"]
 GROUPS = [[10, 20, 30], [11, 21, 31], [11, 22, 30], [12, 20, 32], [13, 23, 33]]
 """rows 1 and 2 have one picture, 0 and 3 one caption, 0 and 2 one label"""
@@ -128,11 +131,12 @@ def measure(
     world: World,
     folder: Path,
     *,
-    autocast: bool = False,
+    precision: str = "fp32",
     splits: bool = False,
+    **settings: Any,
 ) -> dict[str, Tensor]:
     """A step's loss, its terms and reports, every gradient, and the queue, by name."""
-    run = make_run(case, world, folder, autocast, splits)
+    run = make_run(case, world, folder, precision, splits, **settings)
     ranks = [World(rank, world.size) for rank in range(world.size)]
     counts = [len(range(count)[rank.stripe(count)]) for rank in ranks]
     losses = train_step(run, make_batch(run, count), counts)
@@ -155,7 +159,7 @@ def make_run(
     case: Case,
     world: World,
     folder: Path,
-    autocast: bool = False,
+    precision: str = "fp32",
     splits: bool = False,
     **settings: Any,
 ) -> Run:
@@ -175,7 +179,7 @@ def make_run(
     )
     torch.manual_seed(0)
     model = make_model(case.table, folder)
-    networks = build(config, model, world, compile_towers=False)
+    networks = plan(config, build(config, model, world), compile_towers=False)
     be_precise(networks, case.dtype)
     if networks.teacher is not None:  # in bf16 a row would depend a little on those beside it
         exact = prepare(checkpoint.load_for_training(folder / TEACHER), "cpu", "fp32")
@@ -203,7 +207,7 @@ def make_run(
         val=None,
         networks=networks,
         device=torch.device("cpu"),
-        autocast=autocast,
+        precision=Precision(precision),
         total_steps=9,
         world=world,
     )
@@ -258,9 +262,13 @@ def measure_all(
     names: list[str], count: int, folder: Path, world: World
 ) -> dict[str, dict[str, Tensor]]:
     splits = bool(names) and world.size > 1
-    return {
+    found = {
         name: measure(CASES[name], count, world, folder, splits=splits) for name in names or CASES
     }
+    for name in names if splits else ():
+        case = CASES[name]
+        found[name + IN_PARTS] = measure(case, count, world, folder, splits=True, accum_freq=4)
+    return found
 
 
 def be_rank(rank: int, size: int, port: int, work: Callable[[World], object], result: Path) -> None:

@@ -110,11 +110,15 @@ def test_micro_batches_need_not_divide_the_rows_nor_be_fewer(rows: int, folder: 
 def test_bf16_loses_no_gradient(name: str, folder: Path) -> None:
     """Autocast keeps weights that were cast without a graph, and would use them with one."""
     whole, parts = (
-        measure(accumulated.plain(CASES[name]), ALONE, folder, 8, autocast=True, accum_freq=number)
+        measure(
+            accumulated.plain(CASES[name]), ALONE, folder, 8, precision="bf16", accum_freq=number
+        )
         for number in (1, 4)
     )
-    largest = max(value.abs().max().item() for value in whole.values())
-    assert_same(parts, whole, atol=0.02 * largest)
+    gradients = [name for name in whole if name.startswith("gradient")]
+    assert {name for name in parts if name.startswith("gradient")} == set(gradients)
+    for name in gradients:
+        assert (parts[name] - whole[name]).norm() <= 0.05 * whole[name].norm() + 1e-6, name
 
 
 @pytest.mark.parametrize("name", CHECKPOINTED)

@@ -278,6 +278,7 @@ def test_a_rank_that_dies_leaves_the_others_a_checkpoint(shards: Path, tmp_path:
     assert (out / "latest").resolve().name == "step-000000003"
 
 
+@pytest.mark.slow
 def test_ranks_that_find_different_checkpoints_are_stopped(shards: Path, tmp_path: Path) -> None:
     run(shards, tmp_path / "a", more=["train.steps=2"])
     first, second = start_ranks(shards, tmp_path / "a", ["", ""], outs=[None, tmp_path / "b"])
@@ -285,6 +286,15 @@ def test_ranks_that_find_different_checkpoints_are_stopped(shards: Path, tmp_pat
         assert "do not find the same checkpoint" in finish(process, 2)
 
 
+@pytest.mark.slow
+def test_ranks_without_a_common_disk_are_stopped_before_they_begin(
+    shards: Path, tmp_path: Path
+) -> None:
+    for process in start_ranks(shards, tmp_path, ["", ""], outs=[tmp_path / "a", tmp_path / "b"]):
+        assert "do not find the same config.toml" in finish(process, 2)
+
+
+@pytest.mark.slow
 def test_three_ranks_share_a_table(captioned: Any, tmp_path: Path) -> None:
     for process in start_ranks(captioned(30, "table"), tmp_path / "run", ["", "", ""]):
         finish(process)

@@ -20,6 +20,12 @@ COUNTS = [2, 0, 3]
 SIZE = len(COUNTS)
 
 
+def test_a_process_that_was_not_told_its_gpu_says_so() -> None:
+    with pytest.raises(ConfigError, match="WORLD_SIZE = 2, but LOCAL_RANK, .* SLURM_LOCALID"):
+        _ = World(1, 2).gpu
+    assert World(3, 4, 1).gpu == torch.device("cuda", 1)
+
+
 def rows_of(rank: int) -> Tensor:
     return torch.arange(COUNTS[rank] * 2.0).reshape(-1, 2) + 10 * rank
 
@@ -50,6 +56,8 @@ def measure(world: World, folder: Path) -> dict[str, Any]:
     torch.manual_seed(rank)
     network = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     world.same_weights(network)
+    network(rows_of(rank)[:2] if COUNTS[rank] else torch.zeros(2, 2))
+    world.same_statistics(network)
     with world.main_first():
         if world.is_main:
             time.sleep(0.1)
@@ -129,7 +137,9 @@ def test_numbers_are_exchanged_and_added_up(found: list[dict[str, Any]]) -> None
 
 def test_weights_and_buffers_are_those_of_rank_0(found: list[dict[str, Any]]) -> None:
     torch.manual_seed(0)
-    expected = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).state_dict()
+    network = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    network(rows_of(0))  # running statistics too, each rank having seen rows of its own
+    expected = network.state_dict()
     for rank in found:
         assert rank["weights"].keys() == expected.keys()
         assert all(torch.equal(rank["weights"][name], expected[name]) for name in expected)
@@ -202,7 +212,10 @@ def test_a_rank_that_is_gone_is_a_training_error(
     calls: dict[str, list[Callable[[], object]]] = {
         "all_gather": [lambda: world.exchange(1), lambda: world.gather(rows, [1, 1])],
         "all_reduce": [lambda: world.total(rows)],
-        "broadcast": [lambda: world.same_weights(nn.Linear(1, 1))],
+        "broadcast": [
+            lambda: world.same_weights(nn.Linear(1, 1)),
+            lambda: world.same_statistics(nn.BatchNorm1d(1)),
+        ],
     }
     for call in calls[name]:
         with pytest.raises(TrainingError, match="another process of this run is gone"):

@@ -22,7 +22,10 @@ from clipserve import checkpoint
 from clipserve.config import load_config
 from clipserve.errors import ConfigError
 from training import fsdp
+from training.data import open_data
 from training.distributed import ALONE
+from training.recipe import prepare
+from training.run_directory import RunDirectory
 from training.shards import PackOptions, pack
 
 STEPS = 20
@@ -167,7 +170,9 @@ def small_disk(folder: Path, megabytes: int) -> Iterator[None]:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-@pytest.mark.parametrize(("size", "sharding"), [(1, "none"), (2, "fsdp")])
+@pytest.mark.parametrize(
+    ("size", "sharding"), [(1, "none"), pytest.param(2, "fsdp", marks=pytest.mark.slow)]
+)
 def test_a_full_disk_leaves_the_checkpoint_before_and_names_it(
     alone: Path, data: Path, tmp_path: Path, size: int, sharding: str
 ) -> None:
@@ -201,13 +206,27 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], Any
 
 @pytest.mark.parametrize(("size", "rows"), [run for run in ranks.RUNS if run[0] > 1])
 @pytest.mark.parametrize("name", SPLIT)
+@pytest.mark.parametrize("how", ["", ranks.IN_PARTS])
 def test_gradients_of_split_weights_are_sums_over_the_ranks(
-    found: dict[tuple[int, int], dict[str, dict[str, Tensor]]], name: str, size: int, rows: int
+    found: dict[tuple[int, int], dict[str, dict[str, Tensor]]],
+    name: str,
+    how: str,
+    size: int,
+    rows: int,
 ) -> None:
-    one, many = found[1, rows][name], found[size, rows][name]
+    """Also where ranks have different numbers of micro-batches, one having no row at all."""
+    one, many = found[1, rows][name], found[size, rows][name + how]
     assert one.keys() == many.keys()
     for key, expected in one.items():
         assert torch.allclose(many[key], expected, rtol=1e-4, atol=2e-6), key
+
+
+def test_on_one_process_nothing_is_split_and_nothing_refused(data: Path, tmp_path: Path) -> None:
+    given = settings(data, tmp_path / "run", FSDP, "train.compile=on", "optim.name=lion")
+    config = load_config(None, given)
+    prepared = prepare(config, open_data(config, RunDirectory(tmp_path / "run", 1)), ALONE)
+    assert prepared.networks.forward is not prepared.networks.model  # it is compiled
+    assert not prepared.state.is_split
 
 
 @pytest.mark.parametrize(

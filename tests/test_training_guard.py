@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from clipserve import checkpoint
 from clipserve import objectives as kinds
+from clipserve.cli.training import _rest
 from clipserve.config import Config, TrainConfig, load_config
 from clipserve.errors import TrainingError
 from clipserve.transforms import ImageTransform
@@ -160,12 +162,15 @@ def test_too_many_skipped_steps_end_the_run_with_a_checkpoint_and_the_reason(
     with pytest.raises(TrainingError, match=reason) as caught:
         train(settings)
     assert "\n" not in str(caught.value)
-    assert (out / "latest").resolve().name == "step-000000005"
-    checkpoint.verify(out / "latest")
-    assert (out / "checkpoints" / "step-000000003").exists()
+    assert caught.value.exit_code == 3
+    assert (out / "latest").resolve().name == "step-000000003"
+    aside = out / "checkpoints" / "skipped-step-000000005"
+    checkpoint.verify(aside)
     note = json.loads((out / "run.json").read_text())
     assert (note["state"], note["reason"]) == ("stopped", str(caught.value))
-    assert train(config(shards, out, "train.max_skipped=4")).step == STEPS  # 6 is skipped, too
+    further = config(shards, out, "train.max_skipped=4")  # 6 is skipped, too
+    assert train(further, resume=str(aside)).step == STEPS
+    assert read(out, "metrics.jsonl")[-1]["skipped_steps"] == 4  # the three before are known
 
 
 def test_a_run_whose_last_steps_were_all_skipped_is_no_success(
@@ -174,6 +179,66 @@ def test_a_run_whose_last_steps_were_all_skipped_is_no_success(
     disturbed.nan.update({4, 5, 6})
     with pytest.raises(TrainingError, match="the last 3 steps of the run were skipped"):
         train(config(shards, tmp_path / "run", "train.steps=6"))
+
+
+@pytest.fixture
+def signalled(monkeypatch: pytest.MonkeyPatch) -> dict[int, signal.Signals]:
+    """Step -> the signal that comes in it, once."""
+    signals: dict[int, signal.Signals] = {}
+    real = loop.train_step
+
+    def step(run: Any, batch: Any, counts: Any) -> Any:
+        if number := signals.pop(run.state.counters.step + 1, None):
+            signal.raise_signal(number)
+        return real(run, batch, counts)
+
+    monkeypatch.setattr(loop, "train_step", step)
+    return signals
+
+
+def test_a_run_that_is_stopped_in_a_skipped_step_replaces_no_good_checkpoint(
+    shards: Path,
+    tmp_path: Path,
+    disturbed: Disturbance,
+    signalled: dict[int, signal.Signals],
+) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    disturbed.nan.add(7)
+    train(config(shards, whole))
+    signalled[7] = signal.SIGINT
+    result = train(config(shards, out, "train.keep_checkpoints=1"))
+    assert result.stopped_by == signal.SIGINT
+    assert (out / "latest").resolve().name == "step-000000005"
+    assert result.aside == out / "checkpoints" / "skipped-step-000000007"
+    checkpoint.verify(result.aside)
+    assert f"are kept as {result.aside} for --resume" in _rest(result)
+    train(config(shards, out))
+    assert logged_losses(out) == logged_losses(whole)
+    assert same(tensors(out, STEPS), tensors(whole, STEPS))
+
+
+def test_a_checkpoint_that_is_asked_for_in_a_skipped_step_comes_after_the_next(
+    shards: Path, tmp_path: Path, disturbed: Disturbance, signalled: dict[int, signal.Signals]
+) -> None:
+    disturbed.nan.update({2, 3})
+    signalled[2] = signal.SIGUSR1
+    train(config(shards, tmp_path / "run", "train.keep_checkpoints=9", "train.steps=5"))
+    names = sorted(folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["step-000000004", "step-000000005"]
+
+
+def test_a_validation_that_a_skipped_step_put_off_outlives_a_stop(
+    shards: Path, tmp_path: Path, disturbed: Disturbance, signalled: dict[int, signal.Signals]
+) -> None:
+    out = tmp_path / "run"
+    disturbed.nan.add(5)  # the end of the first epoch
+    signalled[5] = signal.SIGTERM
+    settings = config(shards, out, f"data.val={shards}", "train.steps=7")
+    stopped = train(settings)
+    assert stopped.aside is not None
+    train(settings, resume=str(stopped.aside))
+    lines = read(out, "metrics.jsonl")
+    assert [line["step"] for line in lines if "val/mean_r1" in line] == [6, 7]
 
 
 def logged_losses(out: Path) -> dict[int, float]:
@@ -287,15 +352,21 @@ def test_the_last_losses_are_remembered_and_no_more() -> None:
     assert counters.losses == [float(-step) for step in range(72, 200)]
 
 
-def test_running_statistics_are_as_before_after_a_skipped_step() -> None:
+@pytest.mark.parametrize(
+    "fault",
+    [SkippedStep("", {}, is_spike=False), TrainingError("a rank is gone"), KeyboardInterrupt()],
+)
+def test_running_statistics_are_as_before_after_a_step_that_was_not_taken(
+    fault: BaseException,
+) -> None:
     norm = nn.BatchNorm1d(2)
 
     def step() -> None:
         with keeping_statistics(norm):
             norm(torch.full((3, 2), math.nan))
-            raise SkippedStep("", {}, is_spike=False)
+            raise fault
 
-    with pytest.raises(SkippedStep):
+    with pytest.raises(type(fault)):
         step()
     assert norm.running_mean is not None
     assert norm.running_mean.tolist() == [0, 0]

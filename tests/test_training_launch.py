@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from test_training_loop import EASY, SMALL, losses
 
-from clipserve.errors import ConfigError
+from clipserve.errors import ConfigError, TooManyBadSamples, TooManySkippedSteps
 from training import launch
 from training.launch import ProcessFailed
 from training.shards import PackOptions, pack
@@ -31,6 +31,12 @@ def failures(**codes: int) -> dict[int, Any]:
         ({"r0": 1, "r1": 2}, {1: "clipserve: no such shard"}, "process 1 .* ended: no such", 2),
         ({"r1": 1, "r2": 1}, {1: GONE, 2: "ValueError: odd"}, "process 2 .* ended: ValueError", 1),
         ({"r0": 2}, {}, "process 0 of this run ended: its own message says why", 2),
+        # What torch's launcher ended itself, at once, in order, or after 30 seconds:
+        ({"r0": 2, "r1": -15}, {}, "process 0 of this run ended: its own message says why", 2),
+        ({"r0": -15, "r1": 2}, {1: "clipserve: no such shard"}, "process 1 .* ended: no such", 2),
+        ({"r1": -9, "r0": 143}, {}, "process 1 of this run was killed by SIGKILL", 1),
+        ({"r1": 2, "r0": -9}, {1: "clipserve: no such shard"}, "process 1 .* ended: no such", 2),
+        ({"r1": -15}, {}, "process 1 of this run was killed by SIGTERM", 1),
     ],
 )
 def test_the_process_that_failed_first_is_named(
@@ -44,7 +50,15 @@ def test_the_process_that_failed_first_is_named(
 
 @pytest.mark.parametrize(
     ("codes", "tries", "ends"),
-    [([1, 1, 0], 3, 0), ([1, 1, 1, 1], 3, 1), ([2], 1, 2), ([143], 1, 143), ([0], 1, 0)],
+    [
+        ([1, 1, 0], 3, 0),
+        ([1, 1, 1, 1], 3, 1),
+        ([2], 1, 2),
+        ([TooManySkippedSteps.exit_code], 1, 3),
+        ([TooManyBadSamples.exit_code], 1, 3),
+        ([143], 1, 143),
+        ([0], 1, 0),
+    ],
 )
 def test_what_would_come_again_is_not_tried_again(
     monkeypatch: pytest.MonkeyPatch, codes: list[int], tries: int, ends: int
@@ -73,6 +87,45 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     with pytest.raises(ConfigError, match="--processes 3 needs as many GPUs, and there are 2"):
         launch.launch([], "auto", processes=3, max_restarts=0)
+
+
+def test_under_torchrun_no_other_launcher_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="--processes and --max-restarts .* leave them out"):
+        launch.launch([], "auto", processes=2, max_restarts=0)
+
+
+def test_a_process_that_does_not_listen_yet_is_not_asked_for_a_checkpoint() -> None:
+    with subprocess.Popen(["sleep", "60"]) as process:  # which SIGUSR1 would end
+        launch._pass_on(signal.SIGUSR1, None)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_a_process_that_listens_is_asked_for_a_checkpoint() -> None:
+    script = "trap 'echo asked; exit' USR1; echo ready; while :; do read -t 1 < /dev/zero; done"
+    with subprocess.Popen(["bash", "-c", script], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        launch._pass_on(signal.SIGUSR1, None)
+        assert process.stdout.readline() == "asked\n"
+
+
+def test_a_stopped_run_has_minutes_to_save(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def elastic_launch(config: Any, program: str) -> Any:
+        seen.append(config.shutdown_timeout)
+        return lambda *arguments: None
+
+    monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", elastic_launch)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    before = signal.getsignal(signal.SIGUSR1)
+    try:
+        assert launch.launch([], "auto", processes=2, max_restarts=0) == 0
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert seen == [600]
 
 
 @pytest.fixture
@@ -107,10 +160,10 @@ def test_a_lost_process_is_named_and_the_run_goes_on_from_its_checkpoint(
     assert launched.returncode == 0, errors
     assert "process 1 of this run was killed by SIGKILL; restart 1 of 1" in errors
     assert said.count("trained 40 steps") == 1  # by process 0 alone
-    whole = start(shards, tmp_path / "whole", *steps)
-    assert whole.communicate(timeout=600)
-    expected = losses(tmp_path / "whole")
-    assert losses(tmp_path / "run") == pytest.approx(expected, rel=1e-2)
+    whole = start(shards, tmp_path / "whole", *steps, "--processes=2")
+    _, errors = whole.communicate(timeout=600)
+    assert whole.returncode == 0, errors
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
 def kill_rank(launcher: int, rank: int) -> None:

@@ -18,7 +18,7 @@ from clipserve.errors import (
     ConfigError,
     DataError,
     TooManyBadSamples,
-    TrainingError,
+    TooManySkippedSteps,
 )
 from clipserve.shards import ShardSet, write_manifest
 from clipserve.shards.scan import scan
@@ -26,6 +26,7 @@ from training import loop
 from training.distributed import World
 from training.evaluate.retrieval import evaluate_retrieval
 from training.loop import TrainResult, train
+from training.saver import Saver
 from training.shards import PackOptions, pack
 from training.state import State, verify_state
 
@@ -132,9 +133,7 @@ def test_two_and_two_epochs_equal_four_to_the_last_bit(data: Path, tmp_path: Pat
     class Stop(Exception):
         pass
 
-    from training import loop
-
-    real = loop._save
+    real = Saver._write
 
     def save_then_stop(*arguments: Any, **named: Any) -> None:
         real(*arguments, **named)
@@ -142,7 +141,7 @@ def test_two_and_two_epochs_equal_four_to_the_last_bit(data: Path, tmp_path: Pat
             raise Stop
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "_save", save_then_stop)
+        patch.setattr(Saver, "_write", save_then_stop)
         with pytest.raises(Stop):
             run(stopped)
     with (parts / "metrics.jsonl").open("a") as file:  # what a killed process may leave
@@ -241,10 +240,61 @@ def test_what_would_fail_after_an_epoch_is_refused_before_the_first(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_diverged_run_stops_with_its_last_good_checkpoint(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match=r"steps .* were skipped.*the loss is nan.*optim.lr"):
-        run(config(data, tmp_path / "run", "optim.lr=1e30"))
-    assert "nan" not in json.dumps(list(losses(tmp_path / "run").values())).lower()
+def test_a_diverged_run_ends_with_its_last_good_checkpoint(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = loop.train_step
+
+    def step(prepared: Any, *rest: Any) -> Any:
+        found = real(prepared, *rest)
+        if prepared.state.counters.step + 1 == 5:
+            for parameter in prepared.state.model.parameters():
+                parameter.data *= 1e30
+        return found
+
+    monkeypatch.setattr(loop, "train_step", step)
+    out = tmp_path / "run"
+    more = ("train.keep_checkpoints=1", "train.max_skipped=3", "train.steps=30")
+    for _ in range(2):  # the same command again finds the same
+        with pytest.raises(TooManySkippedSteps, match="the loss is nan.*optim.lr") as caught:
+            run(config(data, out, *more))
+        (note,) = caught.value.__notes__
+        aside = out / "checkpoints" / "skipped-step-000000009"
+        assert f"kept as {aside} for --resume" in note
+        assert note.endswith(f"goes on from {(out / 'latest').resolve()}")
+        assert aside.exists()
+        assert (out / "latest").resolve().name == "step-000000003"
+        assert all(value.abs().max() < 1e3 for value in weights(out / "latest").values())
+    checkpoint.verify(aside)
+
+
+def test_a_failed_validation_leaves_a_checkpoint_and_is_made_up_for(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, (shard,) = loop.train_step, (data / "val").glob("*.tar")
+
+    def step(prepared: Any, *rest: Any) -> Any:
+        if prepared.state.counters.step == 4:
+            shard.rename(data / "away.tar")
+            prepared.val.close()
+        return real(prepared, *rest)
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "train_step", step)
+        with pytest.raises(DataError, match=r"^shard .*000000\.tar"):
+            run(config(data, out))
+    assert (out / "latest").resolve().name == "step-000000006"
+    (data / "away.tar").rename(shard)
+    run(config(data, out))
+    run(config(data, tmp_path / "whole"))
+    assert validations(out) == validations(tmp_path / "whole")
+    assert (out / "best").resolve().name == (tmp_path / "whole" / "best").resolve().name
+
+
+def validations(out: Path) -> dict[int, float]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["val/mean_r1"] for line in lines if "val/mean_r1" in line}
 
 
 def test_another_order_of_samples_is_not_resumed_on(data: Path, tmp_path: Path) -> None:

@@ -21,8 +21,9 @@ from clipserve.errors import CheckpointError, ConfigError, TrainingError
 from clipserve.lora import LoraConfig
 from clipserve.model import Model
 from clipserve.towers import architecture_config, build_network
-from training.lora import Adapters, adapt
+from training.lora import Adapters, choose
 from training.parts import find_weights
+from training.state import seed_step
 
 SETTINGS = LoraConfig(rank=2, alpha=3.0)
 
@@ -40,9 +41,14 @@ def tune(data: Path, base: Path, out: Path, *more: str) -> Config:
     return load_config(None, [*given, *sizes, "lora.rank=2", "optim.lr=1e-2", *more])
 
 
+def build(model: Model, settings: LoraConfig = SETTINGS) -> Adapters:
+    """Adapters of the default targets."""
+    return Adapters(choose(find_weights(model.network), settings)[0], settings)
+
+
 def adapted(model: Model, settings: LoraConfig = SETTINGS) -> Adapters:
-    """Adapters of the default targets, which already say something."""
-    adapters, _ = adapt(find_weights(model.network), settings)
+    """Those that already say something."""
+    adapters = build(model, settings)
     for adapter in adapters:
         nn.init.normal_(adapter.up, std=0.1)
     adapters.merge()
@@ -101,7 +107,7 @@ def test_merged_weights_answer_and_learn_as_adapters_do(tiny_model: Model) -> No
 
 def test_adapters_begin_as_the_model_itself(tiny_model: Model) -> None:
     before = copy.deepcopy(tiny_model.network.state_dict())
-    adapters, _ = adapt(find_weights(tiny_model.network), SETTINGS)
+    adapters = build(tiny_model)
     adapters.merge()
     now = tiny_model.network.state_dict()
     assert all(torch.equal(now[name], before[name]) for name in before)
@@ -110,7 +116,7 @@ def test_adapters_begin_as_the_model_itself(tiny_model: Model) -> None:
 def test_the_default_trains_less_than_three_percent_of_a_vit_b32() -> None:
     with torch.device("meta"):
         weights = find_weights(build_network(architecture_config("ViT-B-32")))
-        adapters, _ = adapt(weights, LoraConfig())
+        adapters = Adapters(choose(weights, LoraConfig())[0], LoraConfig())
     share = sum(p.numel() for p in adapters.parameters()) / sum(
         weight.parameter.numel() for weight in weights
     )
@@ -124,7 +130,7 @@ def test_dropped_inputs_are_out_of_value_and_gradient_and_back_afterwards(
     adapters = adapted(tiny_model, LoraConfig(rank=2, alpha=2.0, dropout=0.5))
     first = next(iter(adapters))
     whole = first.target.parameter.detach().clone()
-    with contextlib.suppress(TrainingError), adapters.dropout():
+    with contextlib.suppress(TrainingError), adapters.dropout(0, 1):
         spread(tiny_model).backward()  # type: ignore[no-untyped-call]
         left_out = (first.target.parameter == first.base).all(dim=0)
         raise TrainingError("a rank is gone")
@@ -132,6 +138,20 @@ def test_dropped_inputs_are_out_of_value_and_gradient_and_back_afterwards(
     assert first.down.grad is not None
     assert torch.equal((first.down.grad == 0).all(dim=0), left_out)
     assert torch.equal(first.target.parameter, whole)
+
+
+def test_all_ranks_leave_out_the_same_inputs_and_others_in_each_step(tiny_model: Model) -> None:
+    adapters = adapted(tiny_model, LoraConfig(rank=2, alpha=2.0, dropout=0.5))
+    found = []
+    for rank, step in ((0, 1), (1, 1), (0, 2)):
+        seed_step(0, step, rank)
+        with adapters.dropout(0, step):
+            kept = [adapter.kept for adapter in adapters if adapter.kept is not None]
+            assert len(kept) == len(list(adapters))
+            found.append(torch.cat(kept))
+    assert set(found[0].tolist()) == {0.0, 2.0}
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
 
 
 def test_only_adapters_learn_and_what_is_saved_is_merged(

@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from albefs import tiny_albef
+from albefs import open_clip_vision, timm_vision, tiny_albef
 from conftest import tiny_architecture
 
 from clipserve import checkpoint
 from clipserve.config import Config
+from clipserve.convert.reading import read_pretrained
 from clipserve.errors import CheckpointError, ConfigError
 from clipserve.model import Model, create
 from training.distributed import ALONE
@@ -36,7 +37,7 @@ def configure(*objectives: dict[str, Any], **model: Any) -> Config:
 
 
 def networks(model: Model, *objectives: dict[str, Any], **settings: Any) -> Networks:
-    return build(configure(*objectives, **settings), model, ALONE, compile_towers=False)
+    return build(configure(*objectives, **settings), model, ALONE)
 
 
 def test_plain_objectives_need_the_model_alone(tiny_model: Model) -> None:
@@ -141,7 +142,7 @@ def test_a_teacher_that_is_not_there_or_damaged_is_named(
 
 def test_heads_are_trained_with_the_model(tiny_model: Model) -> None:
     settings = configure(CONTRASTIVE, {"name": "simclr", "hidden_size": 8, "output_size": 6})
-    found = build(settings, tiny_model, ALONE, compile_towers=False)
+    found = build(settings, tiny_model, ALONE)
     weights = find_weights(tiny_model.network, found.heads)
     optimizer = build_optimizer(tiny_model, settings.optim, weights)
     decayed, plain = (set(map(id, group["params"])) for group in optimizer.param_groups)
@@ -152,9 +153,11 @@ def test_heads_are_trained_with_the_model(tiny_model: Model) -> None:
     assert {id(p) for p in heads.values() if p.ndim == 1} <= plain
 
 
-def imported(folder: Path, pairs: int) -> tuple[Model, dict[str, torch.Tensor]]:
+def imported(
+    folder: Path, pairs: int, vision: dict[str, Any] | None = None
+) -> tuple[Model, dict[str, torch.Tensor]]:
     """A model directory as `clipserve import` writes it: other momentum weights, a full queue."""
-    model = tiny_albef(folder / "words")
+    model = tiny_albef(folder / "words", vision)
     twin = {
         f"twin.{name}": value + 1
         for name, value in model.network.state_dict().items()
@@ -212,3 +215,25 @@ def test_momentum_weights_of_another_network_are_refused(tmp_path: Path) -> None
     checkpoint.save(model, tmp_path / "model", name="albef", momentum=remembered)
     with pytest.raises(CheckpointError, match="1 are missing and 1 unknown"):
         networks(model, MOMENTUM, pretrained=str(tmp_path / "model"), architecture=None)
+
+
+def test_momentum_weights_of_another_width_are_refused(tmp_path: Path) -> None:
+    model, remembered = imported(tmp_path, 6)
+    remembered["twin.text_projection.bias"] = torch.zeros(17)
+    checkpoint.save(model, tmp_path / "model", name="albef", momentum=remembered)
+    with pytest.raises(CheckpointError, match="1 unknown, or of another size"):
+        networks(model, MOMENTUM, pretrained=str(tmp_path / "model"), architecture=None)
+
+
+@pytest.mark.parametrize("vision", [open_clip_vision(), timm_vision()])
+def test_momentum_weights_follow_the_model_to_another_image_size(
+    vision: dict[str, Any], tmp_path: Path
+) -> None:
+    imported(tmp_path, 6, vision)
+    source = str(tmp_path / "model")
+    larger = read_pretrained(source, {"vision_cfg": {"image_size": 48}}).model
+    found = networks(larger, MOMENTUM, pretrained=source, architecture=None)
+    assert found.twin is not None
+    own, twin = larger.network.state_dict(), found.twin.state_dict()
+    name = next(name for name in own if name.endswith(("pos_embed", "visual.positional_embedding")))
+    assert torch.allclose(twin[name], own[name] + 1, atol=1e-5)

@@ -4,16 +4,19 @@ from typing import Any
 import pytest
 import torch
 from albefs import albef_table
+from conftest import tiny_architecture
 from torch import nn
 
 from clipserve.errors import ConfigError
 from clipserve.model import Model, create
+from clipserve.objectives import Contrastive, Sigmoid
 from clipserve.optim import OptimConfig
 from training.frozen import Frozen, choose
 from training.optim import (
     build_optimizer,
     check_steps,
     clamp_logit_scale,
+    largest_logit_scale,
     learning_rate,
     parameter_groups,
     set_rates,
@@ -143,6 +146,10 @@ def test_betas_and_epsilon_follow_open_clips_rule(tiny_model: Model) -> None:
     given = build(tiny_model, betas=(0.8, 0.9), eps=1e-3)
     assert given.defaults["betas"] == (0.8, 0.9)
     assert given.defaults["eps"] == 1e-3
+    for name in ("vit_tiny_patch16_224", "eva02_tiny_patch14_224"):  # as SigLIP's and EVA's towers
+        timm = build(create(timm_architecture(name)))
+        assert (timm.defaults["betas"], timm.defaults["eps"]) == ((0.9, 0.98), 1e-6)
+    assert build(create(timm_architecture("resnet10t"))).defaults["betas"] == (0.9, 0.999)
     resnet = create("RN50")
     assert build(resnet).defaults["betas"] == (0.9, 0.999)
     assert build(resnet).defaults["eps"] == 1e-8
@@ -299,10 +306,32 @@ def test_the_logit_scale_stays_between_one_and_a_hundred(tiny_model: Model) -> N
         assert tiny_model.logit_scale.item() == pytest.approx(expected)
 
 
+def test_a_scale_may_stay_where_it_begins_and_siglips_may_grow(tiny_model: Model) -> None:
+    contrastive, sigmoid = Contrastive(name="contrastive"), Sigmoid(name="sigmoid")
+    assert largest_logit_scale(tiny_model, [contrastive]) == math.log(100)
+    scale = tiny_model.network.logit_scale.data.fill_(math.log(117))
+    largest = largest_logit_scale(tiny_model, [contrastive])
+    clamp_logit_scale(tiny_model, largest)
+    assert scale.item() == pytest.approx(math.log(117), rel=1e-7)
+    scale.fill_(9.0)
+    clamp_logit_scale(tiny_model, largest)
+    assert scale.item() == pytest.approx(math.log(117), rel=1e-7)
+    scale.fill_(9.0)
+    clamp_logit_scale(tiny_model, largest_logit_scale(tiny_model, [sigmoid]))
+    assert scale.item() == 9.0
+
+
 def test_a_frozen_logit_scale_is_not_even_clamped(tiny_model: Model) -> None:
     scale = tiny_model.network.logit_scale.requires_grad_(False).fill_(9.0)
     clamp_logit_scale(tiny_model)
     assert scale.item() == 9.0
+
+
+def timm_architecture(name: str) -> dict[str, Any]:
+    vision = {"timm_model_name": name, "timm_pool": "", "timm_proj": "linear", "image_size": 32}
+    if name.startswith("resnet"):
+        vision["timm_pool"] = "avg"
+    return tiny_architecture() | {"vision_cfg": vision}
 
 
 def build(model: Model, **given: Any) -> torch.optim.Optimizer:

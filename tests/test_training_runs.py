@@ -1,10 +1,11 @@
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from clipserve.errors import ConfigError
+from clipserve.errors import CheckpointError, ConfigError
 from training.runs import LOCK, RunSummary, list_runs, noting, read_metrics, summarise
 
 
@@ -47,6 +48,20 @@ def test_a_run_that_fails_says_why_it_stopped(tmp_path: Path) -> None:
         raise ValueError("because")
     found = summarise(folder)
     assert (found.state, found.reason) == ("stopped", "because")
+
+
+def test_the_error_that_ended_a_run_is_told_though_nothing_more_can_be_noted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = make_run(tmp_path / "run")
+
+    def fail() -> None:
+        shutil.rmtree(folder)
+        raise CheckpointError("step 3 is whole")
+
+    with pytest.raises(CheckpointError, match="step 3 is whole"), noting(folder, 30):
+        fail()
+    assert "run.json cannot be written: No such file" in caplog.text
 
 
 def test_a_killed_run_is_told_from_a_running_one_by_its_lock(tmp_path: Path) -> None:

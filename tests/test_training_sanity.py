@@ -1,14 +1,21 @@
 import logging
+import math
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import tiny_architecture
 from test_training_loop import SMALL
 
 from clipserve.config import load_config
+from clipserve.model import create
+from training.frozen import Frozen, choose
+from training.momentum import FeatureQueue
 from training.objectives.sigmoid import sigmoid_ring_loss
+from training.optim import build_optimizer
+from training.parts import find_weights
 from training.sanity import Sanity, sigmoid_chance
 from training.work import Work
 
@@ -23,11 +30,23 @@ QUIET = {
 
 def make(step: int = 10, bias: float | None = None, *more: str) -> Sanity:
     given = ["out=nowhere", "data.train=nowhere", "train.steps=9", *SMALL, *more]
-    model = SimpleNamespace(logit_bias=None if bias is None else torch.tensor(bias))
+    model = create(tiny_architecture() | ({} if bias is None else {"init_logit_bias": bias}))
+    config = load_config(None, given)
+    weights = find_weights(model.network)
+    frozen = Frozen(choose(weights, config.optim.freeze))
+    queue = FeatureQueue(100, 16)
+    queue.push(torch.zeros(24, 16), torch.zeros(24, 16), torch.zeros(24, 1))
     run: Any = SimpleNamespace(
-        config=load_config(None, given),
+        config=config,
+        total_steps=config.train.steps,
         work=Work(2e9, 1e9, 77, 989e12),
-        state=SimpleNamespace(model=model, counters=SimpleNamespace(step=step)),
+        networks=SimpleNamespace(queue=queue),
+        max_logit_scale=math.log(100),
+        state=SimpleNamespace(
+            model=model,
+            counters=SimpleNamespace(step=step),
+            optimizer=build_optimizer(model, config.optim, weights, frozen),
+        ),
     )
     return Sanity(run)
 
@@ -60,6 +79,44 @@ def test_siglips_first_loss_is_that_of_vectors_which_are_alike_in_nothing(
     caplog.set_level(logging.INFO)
     make(1, -10.0, "objectives=[{name='sigmoid'}]").begin()
     assert "has loss/sigmoid 10.000" in caplog.text
+
+
+def test_a_queue_makes_more_wrong_answers(caplog: pytest.LogCaptureFixture) -> None:
+    momentum = "objectives=[{name='momentum_contrast'}]"
+    caplog.set_level(logging.INFO)
+    sanity = make(1, None, momentum)
+    sanity.begin()
+    assert f"has loss/momentum_contrast {math.log(32):.3f} = ln 32" in caplog.text
+    sanity.look(QUIET | {"loss/momentum_contrast": 9.0})
+    assert "the first loss/momentum_contrast is 9, where" in caplog.text
+
+
+@pytest.mark.parametrize(("objective", "is_warned"), [("contrastive", True), ("sigmoid", False)])
+def test_a_bias_that_no_objective_uses_is_told(
+    objective: str, is_warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    make(1, -10.0, f"objectives=[{{name='{objective}'}}]").begin()
+    assert ("none of the objectives uses" in caplog.text) == is_warned
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ([], None),
+        (["optim.warmup_steps=9"], None),
+        (["optim.warmup_steps=36"], "the run has 9 for it and ends at 25% of the learning rate"),
+        (
+            ["optim.warmup_steps=6", "optim.freeze=['image.*']", "optim.unfreeze_after_steps=6"],
+            "of what is unfrozen, takes 6 steps (optim.warmup_steps), but the run has 3 for",
+        ),
+    ],
+)
+def test_a_warm_up_that_does_not_end_is_told(
+    more: list[str], words: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    make(1, None, *more).begin()
+    assert (words or "") in caplog.text
+    assert ("warm-up" in caplog.text) == (words is not None)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +165,10 @@ def test_repeated_captions_that_count_as_right_are_no_fault(
     [
         (["model.pretrained=x", "optim.lr=5e-4"], True),
         (["model.pretrained=x", "optim.lr=1e-5"], False),
-        (["model.pretrained=x", "optim.lr=5e-4", "optim.freeze=['image.*']"], False),
+        (["model.pretrained=x", "optim.lr=1e-5", "optim.text.lr=1e-2"], True),
+        (["model.pretrained=x", "optim.lr=5e-4", "optim.freeze=['logit_scale']"], True),
+        (["model.pretrained=x", "optim.lr=5e-4", "optim.freeze=['*', '!*proj*']"], False),
+        (["model.pretrained=x", "optim.image.lr=1e-5", "optim.text.lr=1e-5"], False),
         (["optim.lr=5e-4"], False),
     ],
 )
@@ -116,4 +176,4 @@ def test_a_learning_rate_for_new_weights_is_told_when_fine_tuning(
     more: list[str], is_warned: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     make(1, None, *more).begin()
-    assert ("is high for fine-tuning" in caplog.text) == is_warned
+    assert ("a high rate for fine-tuning" in caplog.text) == is_warned

@@ -1,5 +1,6 @@
 """Their packages are no dependencies: stand-ins here are called as the real ones are."""
 
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,9 +8,11 @@ from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
+from test_training_loop import SMALL
 
 from clipserve.config import Config, load_config
 from clipserve.errors import ConfigError
+from training import loop
 from training.loop import train
 from training.sinks import check_packages, open_sinks
 
@@ -80,6 +83,21 @@ def test_mlflow_gets_the_settings_the_numbers_and_the_end(
     feed(tmp_path / "my-run", "mlflow", True)
     mlflow.start_run.assert_called_with(run_id="m1", run_name=None)
     mlflow.end_run.assert_called_with("FINISHED")
+
+
+def test_a_run_that_a_signal_stopped_is_not_finished(
+    captioned: Any, tmp_path: Path, mlflow: MagicMock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = loop.train_step
+
+    def step(*arguments: Any) -> Any:
+        signal.raise_signal(signal.SIGTERM)
+        return real(*arguments)
+
+    monkeypatch.setattr(loop, "train_step", step)
+    given = [f"out={tmp_path / 'run'}", f"data.train={captioned(8)}", *SMALL, "train.steps=2"]
+    assert train(load_config(None, [*given, "train.report_to=['mlflow']"])).step == 1
+    mlflow.end_run.assert_called_once_with("FAILED")
 
 
 def test_a_server_that_goes_away_is_told_once_and_ends_no_run(

@@ -7,7 +7,7 @@ from torch import nn
 
 from clipserve import checkpoint
 from clipserve.errors import CheckpointError
-from clipserve.model import Model
+from clipserve.model import Model, ModelInfo
 from training.order import Position
 from training.state import Counters, State, seed_step, verify_state
 
@@ -79,6 +79,24 @@ def test_a_newer_format_and_a_missing_state_say_so(tiny_model: Model, tmp_path: 
     checkpoint.save(tiny_model, tmp_path / "bare", name="m")
     with pytest.raises(CheckpointError, match="cannot be resumed from"):
         make_state(tiny_model).restore(tmp_path / "bare")
+
+
+def test_a_run_does_not_go_on_from_another_start(
+    tiny_model: Model, architecture: Any, tmp_path: Path
+) -> None:
+    from clipserve.model import create
+
+    def begun(start: str | None) -> State:
+        model = create(architecture)
+        if start is not None:
+            model.info = ModelInfo(training={"start_fingerprint": start})
+        return make_state(model)
+
+    folder = save(begun("abc"), tmp_path / "c")
+    begun("abc").restore(folder)
+    for now, words in (("xyz", "the weights xyz"), (None, "fresh weights")):
+        with pytest.raises(CheckpointError, match=f"began with the weights abc, .* means {words}"):
+            begun(now).restore(folder)
 
 
 @pytest.mark.parametrize("content", ["[]", '{"files": 3}', "{", ""])

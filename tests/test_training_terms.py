@@ -41,8 +41,10 @@ from training import forward, loop
 from training.distributed import ALONE, World
 from training.momentum import FeatureQueue, Twin
 from training.networks import build
+from training.order import Purpose
+from training.precision import Precision
 from training.recipe import Run
-from training.state import State
+from training.state import State, step_generator
 from training.step import train_step
 from training.streaming import Batch
 
@@ -179,7 +181,7 @@ def test_matching_works_with_two_rows(folder: Path) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_bf16_at_the_steepest_temperature_stays_finite(name: str, folder: Path) -> None:
-    run = make_run(CASES[name], ALONE, folder, autocast=True)
+    run = make_run(CASES[name], ALONE, folder, precision="bf16")
     with torch.no_grad():
         run.state.model.network.logit_scale.fill_(math.log(100))
     losses = train_step(run, make_batch(run, 5), [5])
@@ -258,9 +260,9 @@ def albef_run(network: albef.Albef) -> Run:
         state=State(model, torch.optim.SGD(model.parameters(), albef_step.LR), {}),
         stream=epoch,
         val=None,
-        networks=build(config, model, ALONE, compile_towers=False),
+        networks=build(config, model, ALONE),
         device=torch.device("cpu"),
-        autocast=False,
+        precision=Precision(),
         total_steps=3,
         world=ALONE,
     )
@@ -273,7 +275,7 @@ def albef_batch(run: Run, step: int, pictures: list[int]) -> tuple[Batch, albef_
     random = torch.Generator().manual_seed(step)
     pixels = torch.randint(0, 256, (rows, 3, 16, 16), generator=random, dtype=torch.uint8)
     groups = torch.tensor(pictures)[:, None].repeat(1, 3)
-    draws = forward._generator(torch.device("cpu"), run.config.train.seed, step)
+    draws = step_generator(torch.device("cpu"), Purpose.DRAWS, run.config.train.seed, step)
     scripted.pixels = run.networks.model.transform.normalize(pixels).double()
     scripted.picture_noise = torch.rand(rows, rows, generator=draws)
     scripted.text_noise = torch.rand(rows, rows, generator=draws)

@@ -1,11 +1,22 @@
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import tiny_architecture
+from test_training_loop import SMALL
 
+from clipserve.config import load_config
+from clipserve.errors import ConfigError
 from clipserve.model import Model, create
 from training.clock import Clock
+from training.data import open_data
+from training.distributed import ALONE
+from training.precision import Precision
+from training.recipe import Run, prepare
+from training.run_directory import RunDirectory
+from training.shards import pack
 from training.streaming import Batch
 from training.work import Work, find_peak, measure
 
@@ -37,6 +48,42 @@ def test_what_is_frozen_costs_only_its_forward_pass(model: Model) -> None:
     assert measure(model).image == 5 * LAYER + PROJECTION + PATCHES + attention(5)
 
 
+@pytest.fixture
+def prepared(captioned: Any, tmp_path: Path) -> Any:
+    """prepared(SETTING, ...) -> what the loop would work on."""
+    pack(captioned(9), tmp_path / "shards")
+
+    def make(*more: str) -> Run:
+        given = [f"out={tmp_path / 'run'}", f"data.train={tmp_path / 'shards'}", "train.steps=9"]
+        still = "model.architecture.vision_cfg.patch_dropout=0"
+        config = load_config(None, [*given, *SMALL, still, *more])
+        return prepare(config, open_data(config, RunDirectory(tmp_path / "run", 1)), ALONE)
+
+    return make
+
+
+def test_a_run_counts_what_it_trains_and_nothing_twice(prepared: Any) -> None:
+    """A frozen tower once, one that thaws as if it were trained, checkpointed activations once."""
+    whole = prepared().work
+    assert whole.image == 3 * (5 * LAYER + PROJECTION) + 2 * PATCHES + 3.5 * attention(5)
+    locked = prepared("optim.freeze=['image.*']").work
+    assert locked.image == 5 * LAYER + PROJECTION + PATCHES + attention(5)
+    assert locked.text == whole.text
+    late = prepared("optim.freeze=['image.*']", "optim.unfreeze_after_steps=3").work
+    assert late == prepared("train.grad_checkpointing=true").work == whole
+
+
+def test_a_frozen_tower_draws_nothing_so_the_other_is_compiled(prepared: Any) -> None:
+    """Patch dropout is off there, also in micro-batches."""
+    drops = "model.architecture.vision_cfg.patch_dropout=0.5"
+    more = ["train.accum_freq=2", "train.compile=on", drops, "optim.freeze=['image.*']"]
+    networks = prepared(*more).networks
+    assert networks.forward is not networks.model
+    assert not networks.parts.draws
+    with pytest.raises(ConfigError, match=r"set train\.compile = off"):
+        prepared(*more, "optim.unfreeze_after_steps=3")
+
+
 def test_measuring_leaves_no_gradient_and_no_trace_in_statistics(model: Model) -> None:
     model.network.visual.register_buffer("seen", torch.ones(3))
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -57,20 +104,18 @@ def test_the_peak_is_what_was_given_or_that_of_a_known_gpu(monkeypatch: pytest.M
     names = {"NVIDIA H200": 989e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA L40S": 362e12}
     for name, peak in names.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
-        assert find_peak(gpu, True, None) == peak
-        assert find_peak(gpu, False, None) is None  # the data sheet's is for bf16
-    assert find_peak(gpu, True, 5.0) == 5e12
-    assert find_peak(torch.device("cpu"), True, None) is None
+        assert find_peak(gpu, Precision("bf16"), None) == peak
+        assert find_peak(gpu, Precision(), None) is None  # the data sheet's is for bf16
+    assert find_peak(gpu, Precision("bf16"), 5.0) == 5e12
+    assert find_peak(torch.device("cpu"), Precision("bf16"), None) is None
 
 
-def test_the_log_says_how_much_was_computed_and_how_often_captions_repeat() -> None:
+def test_the_log_says_how_much_was_computed() -> None:
     work = Work(image=1e12, text=0.0, context=8, peak=1e12)
     clock = Clock(work)
-    captions = ["a", "b", "a", "a"]
-    batch = Batch(torch.empty(0), torch.zeros(4, 8), [0, 1, 2, 3], 0, torch.empty(0), captions)
+    batch = Batch(torch.empty(0), torch.zeros(4, 8), [0, 1, 2, 3], 0, torch.empty(0))
     clock.count(4, batch)
     lap = clock.lap()
-    assert lap["repeated_captions"] == 0.5
     assert lap["mfu"] == pytest.approx(lap["tflops"])
     assert lap["tflops"] == pytest.approx(lap["samples_per_second"])
     assert lap["memory_gb"] > 0.05

@@ -8,13 +8,14 @@ gradient once. The result differs from that of the whole batch by rounding alone
 are those of the whole batch too. Start at `MicroBatches`.
 
 In memory stay, for the whole of this process's batch: its pixels as bytes, the vectors, of an ALBEF
-the states of all tokens, the logits of masked words, and the losses' own graphs. Of activations
-within the network there are never more than one micro-batch's.
+the states of all tokens, the logits of masked words, and the losses' own graphs. Of the network's
+graph there is never more than one micro-batch's. But a layer that drops activations draws for the
+whole batch each time, of which a micro-batch takes its rows: for so long there is one such tensor.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from clipserve.errors import ConfigError, TrainingError
+from training.buffers import batch_norms
 
 Function = Callable[..., tuple[Tensor, ...]]
 _FACTORIES = {"aten::rand", "aten::randn"}
@@ -35,6 +37,13 @@ class MicroBatches:
     number: int = 1
     draws: bool = False
     """whether the network draws random numbers"""
+    least: int = 1
+    """passes that are made in any case; those without rows of their own repeat one, for nothing"""
+
+    def alike(self, counts: list[int]) -> "MicroBatches":
+        """The same number of passes on every rank, whose rows are `counts`: in each of them the
+        ranks bring together the weights that `training.fsdp` has split."""
+        return replace(self, least=min(self.number, max(counts)))
 
     def __call__(self, function: Function, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         """What `function(slice(0, count), *tensors)` returns, with its gradients.
@@ -53,6 +62,11 @@ class MicroBatches:
         """Parts of equal size, give or take a row; none is empty unless all is."""
         number = max(min(self.number, count), 1)
         return [slice(count * i // number, count * (i + 1) // number) for i in range(number)]
+
+    def passes(self, count: int) -> list[slice]:
+        """These parts, and then the first one again until there are enough."""
+        parts = self.split(count)
+        return parts + parts[:1] * (self.least - len(parts))
 
     def drawing(self, rows: slice, count: int) -> contextlib.AbstractContextManager[object]:
         """Where random numbers are those that these rows of `count` have in the whole batch."""
@@ -77,11 +91,12 @@ class _InParts(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
         found = []
-        for rows in plan.split(count):
+        for rows in plan.passes(count):
             _set_random_state(device, ctx.random)
             with plan.drawing(rows, count):
                 found.append(function(rows, *tensors))
         torch.clear_autocast_cache()  # of weights without gradient, which later layers would take
+        del found[len(plan.split(count)) :]
         ctx.lengths = [[len(part) for part in parts] for parts in zip(*found, strict=True)]
         return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
 
@@ -90,12 +105,13 @@ class _InParts(torch.autograd.Function):
         tensors, needed = ctx.saved_tensors, ctx.needs_input_grad[4:]
         device = tensors[0].device
         leaves = [t.detach().requires_grad_(n) for t, n in zip(tensors, needed, strict=True)]
+        passes = ctx.plan.passes(ctx.count)
         cut = [
-            [None] * len(lengths) if gradient is None else torch.split(gradient, lengths)
+            _cut(gradient, lengths, len(passes))
             for gradient, lengths in zip(gradients, ctx.lengths, strict=True)
         ]
         with _own_random_state(device):
-            for rows, *wanted in zip(ctx.plan.split(ctx.count), *cut, strict=True):
+            for rows, *wanted in zip(passes, *cut, strict=True):
                 _set_random_state(device, ctx.random)
                 # Around backward too: layers that checkpoint their activations draw again there.
                 with ctx.plan.drawing(rows, ctx.count):
@@ -111,6 +127,14 @@ class _InParts(torch.autograd.Function):
                         outputs, given = zip(*pairs, strict=True)
                         torch.autograd.backward(outputs, given)
         return (None, None, None, None, *(leaf.grad for leaf in leaves))
+
+
+def _cut(gradient: Tensor | None, lengths: list[int], number: int) -> list[Tensor | None]:
+    """Of each pass; zero of those that only repeated the first."""
+    if gradient is None:
+        return [None] * number
+    parts = list(torch.split(gradient, lengths))
+    return [*parts, *[torch.zeros_like(parts[0])] * (number - len(parts))]
 
 
 class _DrawnWhole(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -180,7 +204,7 @@ class _DrawnWhole(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def check_separable(network: nn.Module, thaws: bool) -> None:
     """ConfigError if rows depend on each other. `thaws`: what is frozen will be trained later."""
-    for name, norm in _batch_norms(network).items():
+    for name, norm in batch_norms(network).items():
         if norm.training or thaws:
             raise ConfigError(
                 f"train.accum_freq: {name} is batch norm, whose statistics are of the whole batch;"
@@ -192,21 +216,11 @@ def check_separable(network: nn.Module, thaws: bool) -> None:
 def draws(network: nn.Module, *inputs: Tensor) -> bool:
     """Whether it draws random numbers; it and the generators are afterwards as they were."""
     device = inputs[0].device
-    learning = [norm for norm in _batch_norms(network).values() if norm.training]
     with _own_random_state(device):
         before = _random_state(device)
-        for norm in learning:
-            norm.eval()
         network(*inputs)
-        for norm in learning:
-            norm.train()
         pairs = zip(before, _random_state(device), strict=True)
         return not all(torch.equal(old, new) for old, new in pairs)
-
-
-def _batch_norms(network: nn.Module) -> dict[str, nn.Module]:
-    kind = nn.modules.batchnorm._BatchNorm
-    return {name: module for name, module in network.named_modules() if isinstance(module, kind)}
 
 
 def _dropout_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:

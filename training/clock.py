@@ -30,7 +30,6 @@ class Clock:
         self._samples += samples
         self._own += len(own.samples)
         self._truncated += own.num_truncated
-        self._repeated += len(own.captions) - len(set(own.captions))
         if self._work is not None:
             self._flops += self._work.of(own)
 
@@ -50,7 +49,6 @@ class Clock:
             "step_seconds": elapsed / max(self._steps, 1),
             "data_wait_fraction": self.waited / elapsed,
             "truncated_fraction": self._truncated / max(self._own, 1),
-            "repeated_captions": self._repeated / max(self._own, 1),
             "memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         }
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
@@ -64,5 +62,5 @@ class Clock:
         return rates
 
     def _forget(self) -> None:
-        self._steps = self._samples = self._own = self._truncated = self._repeated = 0
+        self._steps = self._samples = self._own = self._truncated = 0
         self._flops = 0.0

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from clipserve.errors import ConfigError, TrainingError
+from training.buffers import running_statistics
 
 logger = logging.getLogger(__name__)
 
@@ -26,22 +27,33 @@ T = TypeVar("T")
 
 _GONE = "another process of this run is gone; its own message says why"
 
-# Others wait while rank 0 validates and saves. A process that dies is noticed at once, by its
-# closed connection.
+# Others wait while rank 0 saves. On a CPU a process that dies is noticed at once, by its closed
+# connection.
 _PATIENCE = timedelta(hours=2)
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among `size`, numbered from 0."""
+    """This process among `size`, numbered from 0; `local_rank` is its number on its machine."""
 
     rank: int = 0
     size: int = 1
+    local_rank: int | None = None
 
     @property
     def is_main(self) -> bool:
-        """Whether this one writes, prints and validates."""
+        """Whether this one writes and prints."""
         return self.rank == 0
+
+    @property
+    def gpu(self) -> torch.device:
+        """That of this process. Raises ConfigError where nothing said which it is."""
+        if self.local_rank is None:
+            raise ConfigError(
+                f"WORLD_SIZE = {self.size}, but LOCAL_RANK, the number of the process's GPU, is not"
+                " set; start the run with torchrun, or set it (under srun to SLURM_LOCALID)"
+            )
+        return torch.device("cuda", self.local_rank)
 
     def stripe(self, count: int) -> slice:
         """This rank's part of `count` things; the ranks' stripes in their order make the whole."""
@@ -103,6 +115,19 @@ class World:
             with together():
                 for tensor in network.state_dict().values():
                     dist.broadcast(tensor, src=0)
+
+    def same_statistics(self, network: nn.Module) -> None:
+        """Overwrite running means and variances with those of rank 0, as DistributedDataParallel
+        does: of batch norm, where they are of a rank's own rows."""
+        buffers = running_statistics(network) if self.size > 1 else []
+        if not buffers:
+            return
+        flat = torch.cat([buffer.flatten() for buffer in buffers])
+        with together():
+            dist.broadcast(flat, src=0)
+        parts = torch.split(flat, [buffer.numel() for buffer in buffers])
+        for buffer, part in zip(buffers, parts, strict=True):
+            buffer.copy_(part.view_as(buffer))
 
     def collect(self, value: T) -> list[T]:
         """What every rank gave, in the order of ranks."""
@@ -185,6 +210,11 @@ def within_step() -> Iterator[None]:
         raise
 
 
+def is_one_of_many() -> bool:
+    """Whether something else, torchrun say, started this process as one of several."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
 @contextlib.contextmanager
 def connect() -> Iterator[World]:
     """The World that torchrun's environment variables describe; alone without them.
@@ -205,6 +235,8 @@ def connect() -> Iterator[World]:
         first = str(error).strip().splitlines()[0]
         raise ConfigError(f"the other processes of this run cannot be reached: {first}") from None
     try:
-        yield World(dist.get_rank(), dist.get_world_size())
+        local_rank = os.environ.get("LOCAL_RANK", "")
+        number = int(local_rank) if local_rank.isdigit() else None
+        yield World(dist.get_rank(), dist.get_world_size(), number)
     finally:
         dist.destroy_process_group()

@@ -6,15 +6,12 @@ on each, with gradients; a rank's objectives answer for its `own` rows.
 Legend: B own rows, N global batch, E embedding, T text tokens.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clipserve.model import Encoded, Model
 from clipserve.objectives import Same
@@ -23,6 +20,7 @@ from training.distributed import World
 from training.momentum import FeatureQueue, Twin
 from training.objectives.captioning import captioning_loss
 from training.order import Purpose
+from training.state import step_generator
 from training.streaming import Batch
 
 Forward = Callable[[Tensor, Tensor], Encoded]
@@ -124,13 +122,14 @@ def look(
     step: int,
     ramp: float = 1.0,
 ) -> Step:
-    """Everything that the objectives share. Call it under `precision`."""
+    """Everything that the objectives share. Call it under `precision.computing`."""
     model = networks.model
     batch = batch.to(model.device)
     pixels, ids = (batch.pixels, batch.ids) if batch.samples else blank(model)
     count = len(batch.samples)
     batch = replace(batch, ids=ids[:count])  # as wide as the states, also of no rows
-    encoded, word_loss = _encode(networks, pixels, ids, count)
+    encoded, word_loss = _encode(networks, pixels, ids, counts, world)
+    groups = world.gather(batch.groups, counts)
     return Step(
         networks,
         world,
@@ -139,21 +138,28 @@ def look(
         encoded,
         image=world.gather(encoded.image, counts),
         text=world.gather(encoded.text, counts),
-        groups=world.gather(batch.groups, counts),
+        groups=groups,
         scale=model.logit_scale,
         bias=model.logit_bias,
         ramp=ramp,
-        random=_generator(model.device, seed, step),
+        random=step_generator(model.device, Purpose.DRAWS, seed, step),
         momentum=_remember(networks, pixels, ids, counts, world),
         word_loss=word_loss,
+        reports={"repeated_captions": _count_repeated(groups) / (sum(counts) * world.size)},
     )
 
 
+def _count_repeated(groups: Tensor) -> Tensor:
+    """How many captions of the global batch occur in it before."""
+    captions = groups[:, _COLUMNS["caption"]].sort().values
+    return (captions[1:] == captions[:-1]).sum()
+
+
 def _encode(
-    networks: Networks, pixels: Tensor, ids: Tensor, count: int
+    networks: Networks, pixels: Tensor, ids: Tensor, counts: list[int], world: World
 ) -> tuple[Encoded, Tensor | None]:
-    """What the model makes of the first `count` rows; of captions only their losses."""
-    model = networks.model
+    """What the model makes of this rank's rows; of captions only their losses."""
+    model, count = networks.model, counts[world.rank]
 
     def encode(rows: slice, pixels: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
         found = networks.forward(model.transform.normalize(pixels[rows]), ids[rows])
@@ -163,7 +169,8 @@ def _encode(
         loss = captioning_loss(logits, targets, model.network.pad_id, total=1)
         return *_kept(found), loss[None]
 
-    parts = [part[:count] for part in networks.parts(encode, len(ids), pixels, ids)]
+    found = networks.parts.alike(counts)(encode, len(ids), pixels, ids)
+    parts = [part[:count] for part in found]
     word_loss = parts.pop() if model.has_decoder else None
     return Encoded(*parts), word_loss
 
@@ -179,7 +186,7 @@ def _remember(
     def encode(rows: slice, pixels: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
         return _kept(forward(networks.model.transform.normalize(pixels[rows]), ids[rows]))
 
-    parts = networks.parts(encode, len(ids), pixels, ids)
+    parts = networks.parts.alike(counts)(encode, len(ids), pixels, ids)
     encoded = Encoded(*(part[: counts[world.rank]] for part in parts))
     image, text = (world.gather(part, counts) for part in (encoded.image, encoded.text))
     return Remembered(encoded, image, text)
@@ -193,11 +200,6 @@ def blank(model: Model) -> tuple[Tensor, Tensor]:
     """A pair to take part with, where a short batch leaves a rank without any."""
     ids = model.tokenizer([""]).ids
     return torch.zeros(1, 3, *model.transform.size, device=model.device), ids.to(model.device)
-
-
-def _generator(device: torch.device, seed: int, step: int) -> torch.Generator:
-    words = np.random.SeedSequence((seed, Purpose.DRAWS, step)).generate_state(2, np.uint32)
-    return torch.Generator(device).manual_seed(int(words[0]) << 32 | int(words[1]))
 
 
 @torch.no_grad()
@@ -227,32 +229,6 @@ def _resize(pixels: Tensor, size: tuple[int, int]) -> Tensor:
         return pixels
     resized = F.interpolate(pixels.float(), size, mode="bicubic", antialias=True)
     return resized.round().clamp(0, 255).byte()
-
-
-@contextlib.contextmanager
-def precision(device: torch.device, autocast: bool) -> Iterator[None]:
-    """bf16 autocast. On a CPU with the plain attention kernel: the fused one's bf16 backward took
-    41 % of a step (2-core Xeon with AMX, 2026-11). And without torch's shortcut through attention
-    in evaluation mode, which autocast makes slower than the long way: the momentum copy's."""
-    if not autocast:
-        yield
-        return
-    with torch.autocast(device.type, dtype=torch.bfloat16), contextlib.ExitStack() as stack:
-        stack.enter_context(attention_kernel(device, autocast))
-        stack.callback(
-            torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled()
-        )
-        torch.backends.mha.set_fastpath_enabled(False)
-        yield
-
-
-@contextlib.contextmanager
-def attention_kernel(device: torch.device, autocast: bool) -> Iterator[None]:
-    """That of `precision`; also around backward, where activations are computed again."""
-    with contextlib.ExitStack() as stack:
-        if autocast and device.type == "cpu":
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        yield
 
 
 def modules_of(networks: Networks) -> Mapping[str, nn.Module]:

@@ -106,8 +106,12 @@ def gradient_norm(parameters: Iterable[nn.Parameter], world: World) -> Tensor:
 
 def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, norm: Tensor) -> None:
     """Scale gradients of that `norm` down to `limit`."""
+    scale_gradients(parameters, (limit / (norm + 1e-6)).clamp(max=1))
+
+
+def scale_gradients(parameters: Iterable[nn.Parameter], factor: Tensor | float) -> None:
     for gradients in filter(None, _gradients(parameters)):
-        torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1))
+        torch._foreach_mul_(gradients, factor)
 
 
 def _gradients(parameters: Iterable[nn.Parameter]) -> tuple[list[Tensor], list[Tensor]]:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from clipserve.config import TrainConfig
-from clipserve.errors import TrainingError
+from clipserve.errors import TooManySkippedSteps
+from training.buffers import remember
 from training.state import Counters, State
 
 _WINDOW = 128
@@ -55,16 +56,12 @@ def check_step(
 
 @contextlib.contextmanager
 def keeping_statistics(network: nn.Module) -> Iterator[None]:
-    """A block after which buffers are as before if its step is skipped.
-
-    Running means and variances are all that a forward pass changes by itself.
-    """
-    before = [(buffer, buffer.clone()) for buffer in network.buffers()]
+    """A block after which buffers are as before if its step is skipped or fails."""
+    put_back = remember(network)
     try:
         yield
-    except SkippedStep:
-        for buffer, value in before:
-            buffer.copy_(value)
+    except BaseException:
+        put_back()
         raise
 
 
@@ -94,7 +91,7 @@ def roll_back(state: State, checkpoint: Path) -> None:
 
 def find_end(
     counters: Counters, allowed: int, fault: SkippedStep, is_last: bool, run: Path
-) -> TrainingError | None:
+) -> TooManySkippedSteps | None:
     """Why a run has to stop after a skipped step, if it has to."""
     recent = len(counters.skipped_at)
     if recent > allowed:
@@ -104,7 +101,7 @@ def find_end(
         what, limit = f"the last {_in_a_row(counters)} steps of the run were skipped", ""
     else:
         return None
-    return TrainingError(
+    return TooManySkippedSteps(
         f"{what}{limit}; at step {counters.step} {fault}. If training diverged, lower optim.lr or"
         f" set optim.grad_clip, and go on from an earlier checkpoint in {run} with --resume DIR, or"
         " start anew; if samples are broken, skipped_samples.jsonl names them"

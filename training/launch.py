@@ -5,6 +5,7 @@ is gone the launcher ends the others. The run then begins anew from its last che
 as `max_restarts` says, unless the reason is one that would come again.
 """
 
+import contextlib
 import logging
 import os
 import signal
@@ -17,12 +18,15 @@ from typing import Any
 
 from clipserve.embed import count_processors
 from clipserve.errors import ConfigError, TrainingError
+from training.distributed import is_one_of_many
 
 logger = logging.getLogger(__name__)
 
 _LOOK_EVERY_S = 0.2  # at whether all processes live
 _SAYS_WHY = "says why"  # of another process, see training.distributed
-_CAN_RESTART = TrainingError.exit_code  # not a user's mistake, and not a signal that stopped it
+_CAN_RESTART = TrainingError.exit_code  # not what would come again, nor a signal that stopped it
+_STOPPED = 128  # and the number of the signal, after which the run ended in order
+_SAVING_S = 600  # that a stopped run may take to finish its step, and to write a checkpoint
 
 
 class ProcessFailed(TrainingError):
@@ -38,6 +42,11 @@ def launch(arguments: Sequence[str], resume: str, processes: int, max_restarts: 
 
     Raises ProcessFailed with what one but the first said when it ended.
     """
+    if is_one_of_many():
+        raise ConfigError(
+            "--processes and --max-restarts are for a run that nothing else starts; leave them out"
+            " here, where WORLD_SIZE says that this is one of several processes"
+        )
     _check_devices(processes)
     # As torchrun does: threads of several processes would wait for each other.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, count_processors() // processes)))
@@ -69,6 +78,7 @@ def _run(arguments: Sequence[str], processes: int) -> int:
             local_addr="127.0.0.1",
             max_restarts=0,
             monitor_interval=_LOOK_EVERY_S,
+            shutdown_timeout=_SAVING_S,
             logs_specs=DefaultLogsSpecs(folder, redirects=quiet),
         )
         signal.signal(signal.SIGUSR1, _pass_on)
@@ -95,11 +105,10 @@ def _last_lines(folder: Path) -> dict[int, str]:
 
 
 def _explain(failures: Mapping[int, Any], said: Mapping[int, str]) -> ProcessFailed:
-    """The failure that the others followed from."""
+    """The failure that the others followed from; torch lists first what it saw first."""
     codes = {rank: failure.exitcode for rank, failure in failures.items()}
-    killed = [rank for rank, code in codes.items() if code < 0]
-    causes = [rank for rank in codes if _SAYS_WHY not in said.get(rank, _SAYS_WHY)]
-    rank = min(killed or causes or codes)
+    causes = [rank for rank in codes if _is_cause(codes[rank], said.get(rank, _SAYS_WHY))]
+    rank = next(iter(causes or codes))
     if codes[rank] < 0:
         name = signal.Signals(-codes[rank]).name
         return ProcessFailed(f"process {rank} of this run was killed by {name}", _CAN_RESTART)
@@ -107,10 +116,23 @@ def _explain(failures: Mapping[int, Any], said: Mapping[int, str]) -> ProcessFai
     return ProcessFailed(f"process {rank} of this run ended: {line}", codes[rank])
 
 
+def _is_cause(code: int, last_line: str) -> bool:
+    """Whether a process ended so by itself: not by the launcher, nor because another was gone."""
+    if code < 0:
+        return code != -signal.SIGTERM
+    if code == _CAN_RESTART:
+        return _SAYS_WHY not in last_line
+    return code < _STOPPED
+
+
 def _pass_on(number: int, frame: FrameType | None) -> None:
-    """A wish for a checkpoint is for the processes."""
+    """A wish for a checkpoint is for the processes. What does not listen yet would die of it."""
     for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
-        os.kill(int(child), number)
+        with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+            status = Path(f"/proc/{child}/status").read_text()
+            caught = int(status.split("SigCgt:")[1].split()[0], 16)
+            if caught >> (number - 1) & 1:
+                os.kill(int(child), number)
 
 
 def _check_devices(processes: int) -> None:

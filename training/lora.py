@@ -2,7 +2,7 @@
 
 The network always holds the merged weights, base + scale * up @ down, so everything else (towers,
 averages, validation, checkpoints) sees an ordinary model. A merged weight's gradient becomes those
-of its two matrices by the chain rule, and is dropped at once. Start at `adapt`.
+of its two matrices by the chain rule, and is dropped at once. Start at `Adapters`.
 
 peft is not used: its layer for torch's attention, which open_clip's towers are made of, adds the
 output projection's product twice (0.21.2), and its base weights drift by rounding, because it adds
@@ -15,12 +15,13 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from clipserve.errors import ConfigError
 from clipserve.lora import LoraConfig
 from training.frozen import match
+from training.order import Purpose
 from training.parts import Weight
+from training.state import step_generator
 
 
 class Adapter(nn.Module):
@@ -48,9 +49,10 @@ class Adapter(nn.Module):
         weight.register_post_accumulate_grad_hook(self._take_gradient)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
-    def drop(self) -> None:
+    def drop(self, random: torch.Generator) -> None:
         """Draw which inputs are left out, and merge what is kept."""
-        self.kept = F.dropout(torch.ones_like(self.down[0]), self.dropout)  # (in,)
+        drawn = torch.rand(self.down.shape[1], generator=random, device=self.down.device)  # (in,)
+        self.kept = (drawn >= self.dropout) / (1 - self.dropout)
         self.merge()
 
     @torch.no_grad()
@@ -114,26 +116,29 @@ class Adapters(nn.Module):
             adapter.merge()
 
     @contextlib.contextmanager
-    def dropout(self) -> Iterator[None]:
-        """Within it some inputs of the adapters are left out; ended by `merge` or a failure."""
+    def dropout(self, seed: int, step: int) -> Iterator[None]:
+        """Within it some inputs of the adapters are left out, the same on all ranks; ended by
+        `merge` or a failure."""
         if not self.is_noisy:
             yield
             return
+        device = next(self.parameters()).device
+        random = step_generator(device, Purpose.ADAPTERS, seed, step)
         for adapter in self:
-            adapter.drop()
+            adapter.drop(random)
         try:
             yield
         finally:
             self.merge()
 
 
-def adapt(
+def choose(
     weights: Sequence[Weight],
     settings: LoraConfig,
     frozen: Sequence[Weight] = (),
     fresh: Iterable[nn.Parameter] = (),
-) -> tuple[Adapters, list[Weight]]:
-    """Adapters, and what is frozen because of them: all that is not `fresh` or trained whole.
+) -> tuple[list[Weight], list[Weight]]:
+    """What adapters are for, and what is then frozen: all but them, `fresh` and what is whole.
 
     `frozen` already is, and gets no adapters. Raises ConfigError if that leaves none.
     """
@@ -156,7 +161,7 @@ def adapt(
         )
     trained = {weight.name for weight in targets} | (whole - held)
     still = [weight for weight in weights if weight.name not in trained]
-    return Adapters(targets, settings), still
+    return targets, still
 
 
 def _add_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:

@@ -1,13 +1,16 @@
-"""What objectives need beside the model: momentum copy, queue, heads, teacher. See `build`."""
+"""What objectives need beside the model: momentum copy, queue, heads, teacher. See `build`; how a
+batch goes through all of it is `plan`'s."""
 
 import dataclasses
 import logging
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from clipserve import checkpoint
 from clipserve.config import Config
+from clipserve.convert.fitting import fit_positions
 from clipserve.embed import prepare as prepare_for_inference
 from clipserve.errors import CheckpointError, ConfigError
 from clipserve.model import Model
@@ -20,7 +23,7 @@ from clipserve.objectives import (
     find_momentum,
 )
 from clipserve.towers import trunk_features
-from training.accumulate import MicroBatches, draws
+from training.accumulate import MicroBatches, check_separable, draws
 from training.distributed import World
 from training.forward import Networks, blank
 from training.momentum import FeatureQueue, Twin
@@ -29,7 +32,7 @@ from training.objectives.self_supervision import ImageSelfSupervision, build_met
 logger = logging.getLogger(__name__)
 
 
-def build(config: Config, model: Model, world: World, compile_towers: bool) -> Networks:
+def build(config: Config, model: Model, world: World) -> Networks:
     """All networks of a run, on the model's device. Raises ClipserveError if they do not fit."""
     try:
         check_against_architecture(
@@ -41,17 +44,12 @@ def build(config: Config, model: Model, world: World, compile_towers: bool) -> N
         )
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    if config.train.grad_checkpointing:
-        model.network.set_grad_checkpointing()
-    parts = _plan_parts(config, model)
-    compile_towers = compile_towers and not parts.draws
     teacher = _load_teacher(config, model.device)
     networks = Networks(
         model=model,
-        forward=torch.compile(model) if compile_towers else model,
+        forward=model,
         heads=_build_heads(config, model, teacher, world).to(model.device),
         teacher=teacher,
-        parts=parts,
     )
     momentum = find_momentum(config.objectives)
     if momentum is None:
@@ -59,13 +57,34 @@ def build(config: Config, model: Model, world: World, compile_towers: bool) -> N
     source = config.model.pretrained
     is_ours = source is not None and checkpoint.is_model_directory(source)
     remembered = checkpoint.load_momentum(source) if source and is_ours else None
-    return _add_momentum(networks, momentum, compile_towers, remembered)
+    return _add_momentum(networks, momentum, remembered)
+
+
+def plan(config: Config, networks: Networks, compile_towers: bool) -> Networks:
+    """How a batch goes through them: compiled, in parts, keeping activations or not.
+
+    What is frozen for good is in evaluation mode already, where it draws nothing.
+    """
+    model, momentum = networks.model, networks.momentum
+    if config.train.grad_checkpointing:
+        model.network.set_grad_checkpointing()
+    networks = dataclasses.replace(networks, parts=_plan_parts(config, model))
+    if not compile_towers or networks.parts.draws:
+        return networks
+    return dataclasses.replace(
+        networks,
+        forward=torch.compile(model),
+        momentum_forward=torch.compile(momentum) if momentum is not None else None,
+    )
 
 
 def _plan_parts(config: Config, model: Model) -> MicroBatches:
-    """How a batch goes through the networks. What is compiled draws random numbers of its own."""
+    """What is compiled draws random numbers of its own."""
     number = config.train.accum_freq
-    if number == 1 or not draws(model, *blank(model)):
+    if number == 1:
+        return MicroBatches()
+    check_separable(model.network, thaws=config.optim.unfreeze_after_steps is not None)
+    if not draws(model, *blank(model)):
         return MicroBatches(number)
     if config.train.compile == "on":
         raise ConfigError(
@@ -79,7 +98,6 @@ def _plan_parts(config: Config, model: Model) -> MicroBatches:
 def _add_momentum(
     networks: Networks,
     settings: MomentumContrast,
-    compiled: bool,
     remembered: dict[str, Tensor] | None,
 ) -> Networks:
     model = networks.model
@@ -87,27 +105,39 @@ def _add_momentum(
     copied = Model(twin.network, model.architecture, model.transform, model.tokenizer, model.info)
     queue = FeatureQueue(settings.queue_size, model.embed_dim, num_groups=3)
     if remembered:
-        _recall(twin, queue, remembered)
+        _recall(twin, queue, remembered, model.architecture)
     return dataclasses.replace(
         networks,
         momentum=copied,
-        momentum_forward=torch.compile(copied) if compiled else copied,
+        momentum_forward=copied,
         twin=twin,
         queue=queue.to(model.device),
     )
 
 
-def _recall(twin: Twin, queue: FeatureQueue, remembered: dict[str, Tensor]) -> None:
-    """Go on with the momentum weights and queues that a model directory was imported with."""
+def _recall(
+    twin: Twin, queue: FeatureQueue, remembered: dict[str, Tensor], table: dict[str, Any]
+) -> None:
+    """Go on with the momentum weights and queues that a model directory was imported with, of the
+    sizes that the run's architecture, `table`, has."""
     weights = {k.removeprefix("twin."): v for k, v in remembered.items() if k.startswith("twin.")}
-    found = twin.network.load_state_dict(weights, strict=False)
+    own = twin.network.state_dict()
+    fit_positions(weights, own, table)
     # ALBEF has no copy of these two.
-    missing = [n for n in found.missing_keys if not n.startswith(("matching_head.", "logit_scale"))]
-    if missing or found.unexpected_keys:
+    missing = [
+        name
+        for name in own.keys() - weights.keys()
+        if not name.startswith(("matching_head.", "logit_scale"))
+    ]
+    unknown = [
+        name for name in weights if name not in own or weights[name].shape != own[name].shape
+    ]
+    if missing or unknown:
         raise CheckpointError(
             f"the momentum weights of model.pretrained do not fit: {len(missing)} are missing and"
-            f" {len(found.unexpected_keys)} unknown; import the checkpoint again"
+            f" {len(unknown)} unknown, or of another size; import the checkpoint again"
         )
+    twin.network.load_state_dict(weights, strict=False)
     images, texts = remembered.get("queue.image"), remembered.get("queue.text")
     if images is None or texts is None:
         return
@@ -122,8 +152,8 @@ def _recall(twin: Twin, queue: FeatureQueue, remembered: dict[str, Tensor]) -> N
     queue.stored_image.copy_(images)
     queue.stored_text.copy_(texts)
     # Of which pictures they were is not known here: numbers that no sample has.
-    unknown = torch.iinfo(torch.int64).min + torch.arange(queue.size)
-    queue.stored_groups.copy_(unknown[:, None])
+    nobody = torch.iinfo(torch.int64).min + torch.arange(queue.size)
+    queue.stored_groups.copy_(nobody[:, None])
     queue.pushed = queue.size + int(remembered["queue.cursor"])
 
 

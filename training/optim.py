@@ -8,6 +8,7 @@ import torch
 
 from clipserve.errors import ConfigError
 from clipserve.model import Model
+from clipserve.objectives import Objective, Sigmoid
 from clipserve.optim import PARTS, OptimConfig
 from training.distributed import is_split
 from training.frozen import Frozen
@@ -15,6 +16,8 @@ from training.parts import Weight, count_layers
 
 MAX_LOGIT_SCALE = math.log(100)
 _TIMM = {"stableadamw": "adamwlegacy"}  # what has another name there
+# open_clip's own, timm's (SigLIP, ALBEF), and its EVA and PE
+_VITS = ("VisionTransformer", "Eva")
 _STABLE_RMS = 1.0  # StableAdamW's clipping of the update (arXiv:2304.13013)
 
 
@@ -25,7 +28,8 @@ def build_optimizer(
 
     Betas and epsilon are by open_clip's rule if absent, but for Lion and ADOPT, which have timm's.
     """
-    is_vit = "Transformer" in type(model.network.visual).__name__
+    visual = model.network.visual
+    is_vit = type(getattr(visual, "trunk", visual)).__name__ in _VITS
     betas = config.betas or ((0.9, 0.98) if is_vit else (0.9, 0.999))
     eps = config.eps or (1e-6 if is_vit else 1e-8)
     groups = parameter_groups(weights, config, frozen)
@@ -135,12 +139,21 @@ def check_steps(config: OptimConfig, total_steps: int) -> None:
         )
 
 
+def largest_logit_scale(model: Model, objectives: Sequence[Objective]) -> float:
+    """What the log-temperature of a run may grow to: ln 100 as in CLIP (section 2.5), or where it
+    begins if that is more, as of an ALBEF. SigLIP has no limit (big_vision): published ones have
+    117, and a bias that fits that."""
+    if any(isinstance(objective, Sigmoid) for objective in objectives):
+        return math.inf
+    return max(MAX_LOGIT_SCALE, float(model.network.logit_scale.item()))
+
+
 @torch.no_grad()
-def clamp_logit_scale(model: Model) -> None:
-    """Keep the log-temperature in [0, ln 100], in place, as CLIP does (section 2.5)."""
+def clamp_logit_scale(model: Model, largest: float = MAX_LOGIT_SCALE) -> None:
+    """Keep the log-temperature between 0 and `largest`, in place."""
     scale = model.network.logit_scale
     if scale.requires_grad:
-        scale.clamp_(0, MAX_LOGIT_SCALE)
+        scale.clamp_(0, largest)
 
 
 def _layer_scales(weights: Iterable[Weight], config: OptimConfig) -> dict[int, float]:

@@ -29,6 +29,7 @@ class Purpose(enum.IntEnum):
     VIEW = 3
     STEP = 4
     DRAWS = 5
+    ADAPTERS = 6
 
 
 @dataclass(frozen=True)

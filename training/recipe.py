@@ -1,7 +1,6 @@
 """From a configuration to the things a run needs: model, data, optimizer, step count."""
 
 import logging
-import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ from clipserve import wordpiece
 from clipserve.albef import Albef
 from clipserve.config import Config, ModelConfig
 from clipserve.convert.reading import read_pretrained
-from clipserve.embed import computes_bf16, resolve_device
+from clipserve.embed import resolve_device
 from clipserve.errors import ConfigError, DataError
 from clipserve.images import TrainTransform
 from clipserve.metrics import RETRIEVAL_METRICS
@@ -23,7 +22,6 @@ from clipserve.objectives import SelfSupervision
 from clipserve.shards import ShardSet
 from clipserve.towers import architecture_config
 from clipserve.weights import load_bert, load_image_tower
-from training.accumulate import check_separable
 from training.augment import ViewTransform
 from training.data import REMOTE_SHUFFLE_SHARDS, Data
 from training.distributed import World
@@ -32,12 +30,16 @@ from training.frozen import Frozen
 from training.frozen import choose as choose_frozen
 from training.fsdp import check as check_fsdp
 from training.fsdp import skeleton, split
-from training.lora import Adapters, adapt
+from training.lora import Adapters
+from training.lora import choose as choose_targets
 from training.momentum import Twin
 from training.networks import build as build_networks
-from training.optim import build_optimizer, check_steps
+from training.networks import plan
+from training.optim import MAX_LOGIT_SCALE, build_optimizer, check_steps, largest_logit_scale
 from training.order import OrderSettings
 from training.parts import Weight, find_weights
+from training.precision import Precision
+from training.precision import choose as choose_precision
 from training.state import State
 from training.streaming import SampleSettings, Stream
 from training.work import Work, find_peak, measure
@@ -55,11 +57,13 @@ class Run:
     val: ShardSet | None
     networks: Networks
     device: torch.device
-    autocast: bool
+    precision: Precision
     total_steps: int
     world: World
     frozen: Frozen = field(default_factory=Frozen)
     work: Work | None = None
+    max_logit_scale: float = MAX_LOGIT_SCALE
+    """its logarithm: what it is clamped to"""
     adapters: Adapters = field(default_factory=Adapters)
 
     @property
@@ -77,23 +81,30 @@ def prepare(config: Config, data: Data, world: World, vocabulary: Path | None = 
     """
     device = _device(config, world)
     _check_metrics(config, data)
-    check_fsdp(config)
+    splits = config.train.sharding != "none" and world.size > 1
+    if splits:
+        check_fsdp(config)
     torch.manual_seed(config.train.seed)
     model = build_model(config, vocabulary).to(device)
     _check_rerank(config, model)
-    compile_towers = _use_compile(config, device)
-    networks = build_networks(config, model, world, compile_towers)
+    compile_towers = _use_compile(config, device, splits)
+    networks = build_networks(config, model, world)
     for module in (model.network, *modules_of(networks).values()):
         world.same_weights(module)
     ema = Twin(model.network, config.train.ema) if config.train.ema else None
-    autocast = _use_bf16(config, device)
-    work = measure(model, find_peak(device, autocast, config.train.peak_tflops))
-    hollow = _split(config, networks, ema, world)
+    precision = choose_precision(config.train.precision, device)
+    targets, still = _choose(config, networks)
+    frozen = _freeze(config, networks, still)
+    work = measure(model, find_peak(device, precision, config.train.peak_tflops))
+    networks = plan(config, networks, compile_towers)
+    hollow = skeleton(model.network) if splits else None
+    if splits:
+        _split(networks, ema, world)
+        frozen = _freeze(config, networks, still)  # weights are other objects now
     weights = find_weights(model.network, networks.heads)
-    frozen, adapters = _freeze(config, weights, networks)
+    adapters = Adapters(targets, config.lora)
     world.same_weights(adapters)
-    if config.train.accum_freq > 1:
-        check_separable(model.network, thaws=frozen.until is not None)
+    _tell_share(weights, frozen, adapters)
     optimizer = build_optimizer(model, config.optim, adapters.replace(weights), frozen)
     extras = {**modules_of(networks), **({"lora": adapters} if config.lora else {})}
     stream = _build_stream(config, data, model, world, compile_towers)
@@ -119,49 +130,60 @@ def prepare(config: Config, data: Data, world: World, vocabulary: Path | None = 
         val=data.val,
         networks=networks,
         device=device,
-        autocast=autocast,
+        precision=precision,
         total_steps=total_steps,
         world=world,
         frozen=frozen,
         work=work,
+        max_logit_scale=largest_logit_scale(model, config.objectives),
         adapters=adapters,
     )
 
 
-def _split(config: Config, networks: Networks, ema: Twin | None, world: World) -> nn.Module | None:
-    """Where `train.sharding` says so, leave each rank its part; what the whole is gathered in."""
-    if config.train.sharding == "none" or world.size == 1:
-        return None
-    model = networks.model
-    hollow = skeleton(model.network)
-    split(model, world)
+def _split(networks: Networks, ema: Twin | None, world: World) -> None:
+    """Leave each rank its part."""
+    split(networks.model, world)
     for copied in (networks.momentum, ema and ema.network):
         if copied is not None:
             split(copied, world, is_trained=False)
-    return hollow
 
 
-def _freeze(config: Config, weights: list[Weight], networks: Networks) -> tuple[Frozen, Adapters]:
-    """Hold still what the settings say; a line tells how much of the model is trained."""
-    chosen, adapters = choose_frozen(weights, config.optim.freeze), Adapters()
+def _choose(config: Config, networks: Networks) -> tuple[list[Weight], set[str]]:
+    """What adapters are for, and the names of what is frozen."""
+    weights = find_weights(networks.model.network, networks.heads)
+    targets: list[Weight] = []
+    frozen = choose_frozen(weights, config.optim.freeze)
     if config.lora is not None:
-        adapters, chosen = adapt(weights, config.lora, chosen, networks.heads.parameters())
+        fresh = networks.heads.parameters()
+        targets, frozen = choose_targets(weights, config.lora, frozen, fresh)
+    return targets, {weight.name for weight in frozen}
+
+
+def _freeze(config: Config, networks: Networks, still: set[str]) -> Frozen:
+    """Hold what is never trained; the loop holds the rest for a while."""
     modules = (networks.model.network, networks.heads)
+    chosen = [weight for weight in find_weights(*modules) if weight.name in still]
     frozen = Frozen(chosen, modules, config.optim.unfreeze_after_steps)
-    if chosen:
-        held = {id(weight.parameter) for weight in chosen}
-        learning = [w.parameter for w in adapters.replace(weights) if id(w.parameter) not in held]
-        trained = sum(parameter.numel() for parameter in learning)
-        total = sum(weight.parameter.numel() for weight in weights)
-        logger.info(
-            "trains %.2f%% of %d weights%s, %d; the others are frozen",
-            100 * trained / total,
-            total,
-            f" for {frozen.until} steps" if frozen.until else "",
-            trained,
-        )
-    frozen.hold(0)
-    return frozen, adapters
+    if frozen.until is None:
+        frozen.hold(0)
+    return frozen
+
+
+def _tell_share(weights: list[Weight], frozen: Frozen, adapters: Adapters) -> None:
+    """A line says how much of the model is trained, if not all."""
+    if not frozen.weights:
+        return
+    held = {id(weight.parameter) for weight in frozen.weights}
+    learning = [w.parameter for w in adapters.replace(weights) if id(w.parameter) not in held]
+    trained = sum(parameter.numel() for parameter in learning)
+    total = sum(weight.parameter.numel() for weight in weights)
+    logger.info(
+        "trains %.2f%% of %d weights%s, %d; the others are frozen",
+        100 * trained / total,
+        total,
+        f" for {frozen.until} steps" if frozen.until else "",
+        trained,
+    )
 
 
 def _build_stream(
@@ -211,7 +233,7 @@ def _device(config: Config, world: World) -> torch.device:
     """One GPU for each process of a machine, as torchrun numbers them."""
     device = resolve_device(config.train.device)
     if device.type == "cuda" and world.size > 1:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device = world.gpu
         torch.cuda.set_device(device)
     return device
 
@@ -276,20 +298,11 @@ def _check_rerank(config: Config, model: Model) -> None:
         )
 
 
-def _use_bf16(config: Config, device: torch.device) -> bool:
-    wanted = config.train.precision
-    if wanted == "auto":
-        return computes_bf16(device)
-    if wanted == "bf16" and not computes_bf16(device):
-        logger.warning("train.precision = bf16, which this %s computes slowly", device.type)
-    return wanted == "bf16"
-
-
-def _use_compile(config: Config, device: torch.device) -> bool:
+def _use_compile(config: Config, device: torch.device, splits: bool) -> bool:
     """On a CPU only when asked for: there two text lengths of the tiny preset took 200 s to compile
     for a step that was a tenth faster (2 cores, 2026-11)."""
     wanted = config.train.compile
-    if config.train.sharding != "none":
+    if splits:
         return False
     compiler = shutil.which("g++") or shutil.which("clang++")
     if wanted == "on" and not compiler:

@@ -2,6 +2,8 @@
 
     checkpoints/step-000000130/    a model directory, with state/ for resuming
     latest, best                   links to two of them
+    checkpoints/left-step-...      of a course that was left by going back
+    checkpoints/skipped-step-...   of a run that ended after a skipped step: for --resume alone
 
 Start at `RunDirectory`.
 """
@@ -9,7 +11,7 @@ Start at `RunDirectory`.
 import contextlib
 import fcntl
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +48,7 @@ class RunDirectory:
                 raise ConfigError(
                     f"another process is training into {self.path}; choose another `out`"
                 ) from None
-            for unfinished in (self.path / "checkpoints").glob(".step-*"):  # of a killed process
+            for unfinished in (self.path / "checkpoints").glob(".*step-*"):  # of a killed process
                 shutil.rmtree(unfinished)
             yield
 
@@ -70,74 +72,107 @@ class RunDirectory:
             raise CheckpointError(f"--resume {resume}: not a checkpoint directory")
         return Path(resume)
 
-    def go_back_to(self, start: Path, state: State) -> None:
-        """Continue from `start` from now on, also after a kill.
+    def find_latest(self, world: World) -> Path | None:
+        """The last checkpoint, as rank 0 knows it, if there is one.
+
+        Raises CheckpointError unless all ranks find the same one there.
+        """
+        latest = self.path / "latest"
+        name = world.tell(latest.resolve().name if latest.exists() else "")
+        if not name:
+            return None
+        start = self.path / "checkpoints" / name
+        state = start / "state" / "state.json"
+        self.check_shared(
+            state.read_bytes() if state.exists() else b"", f"checkpoint {name}", world
+        )
+        return start
+
+    def check_shared(self, content: bytes, what: str, world: World) -> None:
+        """Raises CheckpointError unless all ranks have the same `content`."""
+        if not world.agrees(content):
+            raise CheckpointError(
+                f"the processes of this run do not find the same {what} in {self.path}; give them"
+                " one `out`, on a disk that all share"
+            )
+
+    def go_back_to(self, start: Path, step: int) -> None:
+        """Continue from `start`, a checkpoint of `step`, from now on, also after a kill.
 
         Later checkpoints belong to a course that was left: they are kept under other names.
         Raises ConfigError if the run here is another than that of `start`.
         """
         if not (self.path / "latest").is_symlink():
             return  # a new run that starts from another's checkpoint
-        checkpoints = (self.path / "checkpoints").resolve()
-        if start.resolve().parent != checkpoints:
+        start, checkpoints = start.resolve(), (self.path / "checkpoints").resolve()
+        if start.parent != checkpoints:
             raise ConfigError(
                 f"{self.path} holds a run of its own, which {start} is no part of; choose another"
                 " `out`"
             )
-        link_atomic(self.path / "latest", f"checkpoints/{start.resolve().name}")
-        best = (self.path / "best").resolve().name
+        link_atomic(self.path / "latest", f"checkpoints/{start.name}")
+        best, own = self.path / "best", self.folder_of(step).name
+        if best.exists() and best.resolve().name > own:
+            best.unlink()
         for folder in sorted(checkpoints.glob("step-*")):
-            if folder.name > start.resolve().name:
+            if folder.name > own:
                 left = folder.with_name(f"left-{folder.name}")
                 shutil.rmtree(left, ignore_errors=True)
                 folder.rename(left)
-        if best > start.resolve().name:
-            (self.path / "best").unlink(missing_ok=True)
-            state.counters.best = None
+
+    def folder_of(self, step: int, is_aside: bool = False) -> Path:
+        """The checkpoint of a step."""
+        name = f"step-{step:09d}"
+        return self.path / "checkpoints" / (f"skipped-{name}" if is_aside else name)
 
     def save(
-        self, state: State, description: dict[str, Any], is_best: bool, world: World = ALONE
+        self,
+        state: State,
+        description: dict[str, Any],
+        links: Sequence[str],
+        world: World = ALONE,
     ) -> None:
-        """Write checkpoints/step-N, then move `best` and `latest`, then drop old ones.
+        """Write a checkpoint, then move `links`, which are `best` and `latest`, then drop old ones.
 
-        `description` are the arguments that say of the model how it was trained. A state that is
-        split over the ranks all of them save at once. CheckpointError names the one before.
+        One without links is kept aside: nothing goes on from it by itself, and it replaces no
+        other. `description` are the arguments that say of the model how it was trained. A state
+        that is split over the ranks all of them save at once. CheckpointError names the one before.
         """
-        name = f"step-{state.counters.step:09d}"
+        target = self.folder_of(state.counters.step, is_aside=not links)
         try:
-            with self._new_checkpoint(name, world) as folder:
+            with self._new_checkpoint(target, world) as folder:
                 model = state.whole()
                 if world.is_main:
                     title = self.path.resolve().name
                     checkpoint.write_into(folder, model, name=title, **description)
                 state.save(folder, world)
             if world.is_main:
-                self._link(name, is_best)
+                for link in links:
+                    link_atomic(self.path / link, f"checkpoints/{target.name}")
+                if not state.counters.is_unproven:
+                    self._drop_old()
         except OSError as error:
-            raise CheckpointError(self._explain(name, error)) from error
+            raise CheckpointError(
+                f"checkpoint {target.name} cannot be written: {error.strerror or error};"
+                f" {self.name_whole()}: put that right and run the same command again"
+            ) from error
 
     @contextlib.contextmanager
-    def _new_checkpoint(self, name: str, world: World) -> Iterator[Path]:
+    def _new_checkpoint(self, target: Path, world: World) -> Iterator[Path]:
         """The folder to fill, on every rank; it counts when rank 0's block ends."""
         if not world.is_main:
             yield Path(world.tell(""))
             return
-        with new_directory(self.path / "checkpoints" / name) as folder:
+        with new_directory(target) as folder:
             world.tell(str(folder))
             yield folder
 
-    def _explain(self, name: str, error: OSError) -> str:
-        before = (self.path / "latest").resolve()
-        whole = f"{before} is whole" if before.exists() else "there is none before it"
-        return (
-            f"checkpoint {name} cannot be written: {error.strerror or error}; {whole}: put that"
-            " right and run the same command again"
-        )
+    def name_whole(self) -> str:
+        """Which checkpoint is sure to be there, for those who tell of a failure."""
+        latest = (self.path / "latest").resolve()
+        return f"{latest} is whole" if latest.exists() else "there is no checkpoint before it"
 
-    def _link(self, name: str, is_best: bool) -> None:
-        if is_best:  # first: what `latest` says was best must be linked
-            link_atomic(self.path / "best", f"checkpoints/{name}")
-        link_atomic(self.path / "latest", f"checkpoints/{name}")
+    def _drop_old(self) -> None:
         linked = {(self.path / link).resolve() for link in ("latest", "best")}
         for folder in sorted((self.path / "checkpoints").glob("step-*"))[: -self.keep]:
             if folder.resolve() not in linked:

@@ -8,6 +8,7 @@ Start at `list_runs`.
 import contextlib
 import fcntl
 import json
+import logging
 import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +17,8 @@ from typing import Any, Literal
 
 from clipserve.errors import ConfigError
 from clipserve.files import write_atomic
+
+logger = logging.getLogger(__name__)
 
 State = Literal["running", "finished", "stopped"]
 LOCK = ".lock"
@@ -62,9 +65,12 @@ def noting(folder: Path, total_steps: int) -> Iterator[Standing]:
         yield standing
     except BaseException as error:
         standing.state, standing.reason = "stopped", str(error) or type(error).__name__
+        try:
+            _write(folder, standing)
+        except OSError as another:  # a full disk, say: `error` is what is to be told
+            logger.warning("run.json cannot be written: %s", another.strerror or another)
         raise
-    finally:
-        _write(folder, standing)
+    _write(folder, standing)
 
 
 def list_runs(folders: Sequence[Path]) -> list[RunSummary]:

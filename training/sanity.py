@@ -7,13 +7,13 @@ import logging
 import math
 from collections.abc import Mapping
 
-from clipserve.objectives import Contrastive, Sigmoid
-from training.optim import MAX_LOGIT_SCALE
+from clipserve.objectives import Contrastive, MomentumContrast, Sigmoid
 from training.recipe import Run
 
 logger = logging.getLogger(__name__)
 
 _FINE_TUNING_LR = 1e-4
+_FEW = 0.1  # of a model's weights; projections and a temperature may learn fast
 _REPEATED = 0.05
 _STARVED = 0.3
 _FAR_ABOVE_CHANCE = 1.5
@@ -29,9 +29,9 @@ class Sanity:
 
     def begin(self) -> None:
         """What can be said before the first step."""
-        run, optim = self._run, self._run.config.optim
+        run = self._run
         for name, chance in self._chance_levels().items():
-            what = f" = ln {run.config.data.batch_size}" if name == "contrastive" else ""
+            what = "" if name == "sigmoid" else f" = ln {round(math.exp(chance))}"
             logger.info("a model that knows nothing has loss/%s %.3f%s", name, chance, what)
         if run.work is not None:
             peak = (
@@ -42,12 +42,14 @@ class Sanity:
                 run.work.sample / 1e9,
                 peak,
             )
-        trains_all = not optim.freeze and run.config.lora is None
-        if run.config.model.pretrained and trains_all and optim.lr > _FINE_TUNING_LR:
+        self._look_at_rates()
+        self._look_at_warm_up()
+        has_sigmoid = any(isinstance(o, Sigmoid) for o in run.config.objectives)
+        if run.state.model.logit_bias is not None and not has_sigmoid:
             self._warn(
-                "lr",
-                f"optim.lr = {optim.lr:g} is high for fine-tuning all of a pretrained model, which"
-                " may forget what it knows; usual are 1e-6 to 1e-4",
+                "bias",
+                "the model has a logit bias, as SigLIP's, which none of the objectives uses or"
+                ' trains: it will fit no longer; use [[objectives]] name = "sigmoid"',
             )
 
     def look(self, values: Mapping[str, float]) -> None:
@@ -55,9 +57,11 @@ class Sanity:
         self._laps += 1
         if self._run.state.counters.step <= self._run.config.train.log_every:
             self._look_at_first_loss(values)
-        if values["logit_scale"] >= math.exp(MAX_LOGIT_SCALE) * (1 - 1e-6):
+        limit = math.exp(self._run.max_logit_scale)
+        if values["logit_scale"] >= limit * (1 - 1e-6):
             self._warn(
-                "scale", "the logit scale is at its limit of 100: the loss cannot get sharper"
+                "scale",
+                f"the logit scale is at its limit of {limit:.4g}: the loss cannot get sharper",
             )
         repeated = values["repeated_captions"]
         if repeated > _REPEATED and self._takes_repeated_as_negatives:
@@ -70,6 +74,38 @@ class Sanity:
         if waited > _STARVED and self._laps > 1:  # at first the workers only start
             self._warn(
                 "data", f"{waited:.0%} of the time is spent waiting for data; raise data.workers"
+            )
+
+    def _look_at_rates(self) -> None:
+        """Of what the model came with; fresh heads and adapters learn as fast as they like."""
+        if self._run.config.model.pretrained is None:
+            return
+        own = {id(p): p.numel() for p in self._run.state.model.parameters()}
+        fast = [
+            (group["peak"], own[id(p)])
+            for group in self._run.state.optimizer.param_groups
+            if group["peak"] > _FINE_TUNING_LR
+            for p in group["params"]
+            if id(p) in own
+        ]
+        share = sum(size for _, size in fast) / sum(own.values())
+        if share > _FEW:
+            self._warn(
+                "lr",
+                f"{share:.0%} of a pretrained model learns at up to {max(fast)[0]:g}, a high rate"
+                " for fine-tuning, by which it may forget what it knows; usual are 1e-6 to 1e-4",
+            )
+
+    def _look_at_warm_up(self) -> None:
+        optim, total = self._run.config.optim, self._run.total_steps
+        steps = total - (optim.unfreeze_after_steps or 0)
+        if steps < optim.warmup_steps:
+            late = ", of what is unfrozen," if optim.unfreeze_after_steps else ""
+            self._warn(
+                "warm-up",
+                f"the warm-up{late} takes {optim.warmup_steps} steps (optim.warmup_steps), but the"
+                f" run has {steps} for it and ends at {steps / optim.warmup_steps:.0%} of the"
+                " learning rate; lower it, or train longer",
             )
 
     def _look_at_first_loss(self, values: Mapping[str, float]) -> None:
@@ -88,6 +124,9 @@ class Sanity:
         for objective in self._run.config.objectives:
             if isinstance(objective, Contrastive):
                 levels[objective.name] = math.log(size)
+            if isinstance(objective, MomentumContrast):
+                queue = self._run.networks.queue
+                levels[objective.name] = math.log(size + (queue.filled if queue else 0))
             if isinstance(objective, Sigmoid) and bias is not None:
                 levels[objective.name] = sigmoid_chance(size, bias.item())
         return levels
@@ -95,7 +134,8 @@ class Sanity:
     @property
     def _takes_repeated_as_negatives(self) -> bool:
         return any(
-            isinstance(objective, Contrastive | Sigmoid) and "caption" not in objective.positives
+            isinstance(objective, Contrastive | MomentumContrast | Sigmoid)
+            and "caption" not in objective.positives
             for objective in self._run.config.objectives
         )
 

@@ -26,7 +26,7 @@ class Sink(Protocol):
         ...
 
     def close(self, is_finished: bool) -> None:
-        """The last call; `is_finished` is False after an error."""
+        """The last call; `is_finished` is False after an error, or a signal to stop."""
         ...
 
 

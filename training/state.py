@@ -55,6 +55,16 @@ class Counters:
     rolled_back: int = 0
     losses: list[float] = field(default_factory=list)
     """of the last sound steps"""
+    loss_scale: float = 2.0**16
+    """what fp16 multiplies the loss by"""
+    steps_at_scale: int = 0
+    validated: int = 0
+    """the step after which an epoch's end, or the run's, was last seen to"""
+
+    @property
+    def is_unproven(self) -> bool:
+        """Whether the last step was skipped, so that the weights may be broken."""
+        return self.skipped_at[-1:] == [self.step]
 
     def watch(self, value: float) -> None:
         """Count one more validation."""
@@ -123,6 +133,7 @@ class State:
             "counters": asdict(self.counters),
             "order": dict(self.order),
             "optimizer": _name(self.optimizer),
+            "start": self._start,
             "files": {name: sha256(state / name) for name in files},
         }
         content["checksum"] = _checksum(content)
@@ -131,7 +142,8 @@ class State:
     def restore(self, directory: Path) -> None:
         """Take over a checkpoint's weights, moments, extras, position and counters.
 
-        Raises CheckpointError if it is damaged, of another architecture, or of another order.
+        Raises CheckpointError if it is damaged, of another architecture, another start, or of
+        another order.
         """
         saved = checkpoint.load_for_training(directory)
         if saved.architecture != self.model.architecture:
@@ -141,6 +153,7 @@ class State:
         content = _read_state(directory / "state")
         _check_order(directory, content["order"], self.order)
         _check_optimizer(directory, content.get("optimizer", "AdamW"), self.optimizer)
+        _check_start(directory, content.get("start", self._start), self._start)
         self._check_extras(directory, set(content["files"]))
         state, trained = directory / "state", self._parameters
         try:
@@ -160,7 +173,10 @@ class State:
         network.load_state_dict({name: place(whole[name], own[name]) for name in whole})
         self.optimizer.load_state_dict(optimizer)
         self.position = Position(**content["position"])
-        self.counters = Counters(**content["counters"])
+        counters = content["counters"]
+        self.counters = Counters(
+            **{"validated": counters["step"], **counters}
+        )  # early ones lack it
 
     def _check_extras(self, directory: Path, files: set[str]) -> None:
         needed, found = {*self._modules, _OPTIMIZER}, {_stem(name) for name in files}
@@ -172,6 +188,12 @@ class State:
                     f"{directory} {what} {listed}, which this run's objectives,"
                     f" lora or train.ema {verb}; change them back, or start anew in another `out`"
                 )
+
+    @property
+    def _start(self) -> str | None:
+        """The fingerprint of model.pretrained; None for fresh weights."""
+        found: str | None = self.model.info.training.get("start_fingerprint")
+        return found
 
     @property
     def _modules(self) -> dict[str, nn.Module]:
@@ -196,6 +218,12 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     """Set all of torch's generators, on every device, for one step of one rank."""
     words = np.random.SeedSequence((seed, Purpose.STEP, step, rank)).generate_state(2, np.uint32)
     torch.manual_seed(int(words[0]) << 32 | int(words[1]))
+
+
+def step_generator(device: torch.device, purpose: Purpose, seed: int, step: int) -> torch.Generator:
+    """What draws the same on every rank in one step."""
+    words = np.random.SeedSequence((seed, purpose, step)).generate_state(2, np.uint32)
+    return torch.Generator(device).manual_seed(int(words[0]) << 32 | int(words[1]))
 
 
 def verify_state(directory: Path) -> None:
@@ -256,6 +284,17 @@ def _check_optimizer(directory: Path, before: str, now: torch.optim.Optimizer) -
         raise CheckpointError(
             f"{directory} was written by {before}, whose moments are of no use to {_name(now)};"
             " change optim.name back, or start anew in another `out`"
+        )
+
+
+def _check_start(directory: Path, before: str | None, now: str | None) -> None:
+    if before != now:
+        old, new = (
+            f"the weights {start[:12]}" if start else "fresh weights" for start in (before, now)
+        )
+        raise CheckpointError(
+            f"{directory} is of a run that began with {old}, and model.pretrained now means {new};"
+            " change it back, or start anew in another `out`"
         )
 
 

@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor
 
-from training.forward import attention_kernel, look, precision
+from training.forward import look
 from training.fsdp import clip_gradients, gradient_norm
 from training.guard import check_step
 from training.momentum import alpha_ramp, ramped
 from training.optim import clamp_logit_scale
+from training.precision import LossScale, attention_kernel, computing
 from training.recipe import Run
 from training.streaming import Batch
 from training.terms import compute
@@ -23,7 +24,7 @@ def train_step(run: Run, batch: Batch, counts: list[int]) -> dict[str, Tensor]:
     networks, state, world = run.networks, run.state, run.world
     per_epoch = run.stream.order.batches_per_epoch
     # ---- forward: features once, then each objective's share of the loss
-    with precision(run.device, run.autocast):
+    with computing(run.precision, run.device):
         step = look(
             networks,
             batch,
@@ -44,22 +45,27 @@ def train_step(run: Run, batch: Batch, counts: list[int]) -> dict[str, Tensor]:
     )
 
     # ---- backward
+    scale = LossScale(state.counters, run.precision.scales_loss)
     state.optimizer.zero_grad(set_to_none=True)
-    with attention_kernel(run.device, run.autocast):
-        total.backward()  # type: ignore[no-untyped-call]
+    with attention_kernel(run.precision, run.device):
+        (scale.factor * total).backward()  # type: ignore[no-untyped-call]
     world.sum_gradients(run.parameters)
+    world.same_statistics(state.model.network)
+    scale.undo(run.parameters)
     numbers = {"loss": total, **shares, **step.reports}
     summed = world.total(torch.stack([value.float() for value in numbers.values()]))
     losses = dict(zip(numbers, summed, strict=True))
 
     # ---- update
     norm = gradient_norm(run.parameters, world)
+    if scale.overflows(norm, losses["loss"]):
+        return {**losses, "overflow/skipped": torch.ones((), device=run.device)}
     check_step(state.counters, run.config.train, losses, norm)
     if run.config.optim.grad_clip is not None:
         clip_gradients(run.parameters, run.config.optim.grad_clip, norm)
     state.optimizer.step()
     run.adapters.merge()
-    clamp_logit_scale(state.model)
+    clamp_logit_scale(state.model, run.max_logit_scale)
 
     # ---- averages follow, and what this batch was compared with becomes old
     if state.ema is not None:

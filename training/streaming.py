@@ -95,7 +95,7 @@ class SampleSettings:
     picture_field: str | None = None
     """JSON field that names a picture; None: its bytes do"""
     finds_groups: bool = True
-    """False where no objective asks what is the same: each sample is then like itself alone"""
+    """False where no objective asks what is the same: pictures and labels are then all different"""
 
 
 class Stream:
@@ -278,13 +278,14 @@ class _Samples(Dataset[_Decoded | BadSample | Exception]):
     def _groups(self, draw: Draw, sample: Sample, caption: str) -> tuple[int, int, int]:
         """Numbers of the picture, the caption and the label; without a label one of its own."""
         settings, fields, alone = self._settings, sample.metadata, -1 - draw.sample
+        words = _number(" ".join(caption.casefold().split()).encode())
         if not settings.finds_groups:
-            return alone, alone, alone
+            return alone, words, alone
         picture = fields.get(settings.picture_field) if settings.picture_field else None
         label = fields.get(settings.label_field) if settings.label_field else None
         return (
             _number(sample.image if picture is None else repr(picture).encode()),
-            _number(" ".join(caption.casefold().split()).encode()),
+            words,
             alone if label is None else _number(repr(label).encode()),
         )
 

@@ -3,11 +3,12 @@
 On a terminal a progress bar with ETA and samples/s; elsewhere a plain line at every log step.
 """
 
+import contextlib
 import json
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -16,9 +17,11 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from clipserve.errors import CheckpointError
 from clipserve.files import write_atomic
 from clipserve.shards import BadSample
 from training.curves import draw_curves
+from training.run_directory import RunDirectory
 from training.sinks import Sink
 
 logger = logging.getLogger(__name__)
@@ -29,11 +32,15 @@ class Tracker:
 
     Resuming at `start_step` drops the lines that a killed run wrote beyond its checkpoint. Without
     a console, in a process that is not the main one, only bad and skipped samples are written.
+    Where they cannot be written, CheckpointError names what is saved.
     """
+
+    is_finished = True
+    """what the sinks are told at the end, if it is no error: False of a run that was stopped"""
 
     def __init__(
         self,
-        out: Path,
+        directory: RunDirectory,
         start_step: int,
         total_steps: int,
         console: Console | None,
@@ -41,9 +48,10 @@ class Tracker:
     ) -> None:
         self._is_main = console is not None
         self._sinks = sinks
-        self._out = out
+        self._directory = directory
+        self._out = out = directory.path
         console = console or Console(quiet=True)
-        out.mkdir(parents=True, exist_ok=True)  # may be another machine's own disk
+        out.mkdir(parents=True, exist_ok=True)  # another machine's own disk is refused after this
         if self._is_main:
             for name in ("metrics.jsonl", "bad_samples.jsonl", "skipped_samples.jsonl"):
                 _drop_lines_after(out / name, start_step)
@@ -80,12 +88,13 @@ class Tracker:
         traceback: TracebackType | None,
     ) -> None:
         self._progress.stop()
-        self._bad.close()
-        if self._is_main:
-            self._metrics.close()
-            draw_curves(self._out)
-        for sink in self._sinks:
-            sink.close(error is None)
+        try:
+            with self._writing():
+                self._close(error is None and self.is_finished)
+        except CheckpointError as another:
+            if error is None:
+                raise
+            logger.warning("%s", another)  # the first one is what is to be told
 
     def advance(self, step: int) -> None:
         """Move the bar to `step`."""
@@ -104,11 +113,12 @@ class Tracker:
             if not isinstance(value, float) or math.isfinite(value)
         }
         self._warn_of_truncation(values.get("truncated_fraction", 0.0))
-        self._metrics.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
-        for sink in self._sinks:
-            sink.log(step, values)
-        if "loss" not in values:  # an evaluation
-            draw_curves(self._out)
+        with self._writing():
+            self._metrics.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
+            for sink in self._sinks:
+                sink.log(step, values)
+            if "loss" not in values:  # an evaluation
+                draw_curves(self._out)
         text = _summary(values)
         self._progress.update(self._task, completed=step, numbers=text)
         if not self._console.is_terminal or "loss" not in values:
@@ -117,7 +127,8 @@ class Tracker:
 
     def bad_sample(self, step: int, bad: BadSample) -> None:
         """One line of bad_samples.jsonl; a warning the first time that sample is seen."""
-        self._bad.write(json.dumps({"step": step, **asdict(bad)}) + "\n")
+        with self._writing():
+            self._bad.write(json.dumps({"step": step, **asdict(bad)}) + "\n")
         if (bad.shard, bad.key) not in self._warned:
             self._warned.add((bad.shard, bad.key))
             logger.warning("bad sample %s:%s: %s", bad.shard, bad.key, bad.reason)
@@ -129,8 +140,27 @@ class Tracker:
             for shard, key in keys
         ]
         # At once: other processes write into the same file.
-        with (self._out / "skipped_samples.jsonl").open("ab", buffering=0) as file:
+        with self._writing(), (self._out / "skipped_samples.jsonl").open("ab", buffering=0) as file:
             file.write("".join(lines).encode())
+
+    def _close(self, is_finished: bool) -> None:
+        with contextlib.ExitStack() as rest:  # of which each has its turn, whatever fails
+            for sink in self._sinks:
+                rest.callback(sink.close, is_finished)
+            if self._is_main:
+                rest.callback(draw_curves, self._out)
+                rest.callback(self._metrics.close)
+            rest.callback(self._bad.close)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise CheckpointError(
+                f"{self._out} cannot be written into: {error.strerror or error};"
+                f" {self._directory.name_whole()}: put that right and run the same command again"
+            ) from error
 
     def _warn_of_truncation(self, fraction: float) -> None:
         if fraction > 0 and not self._warned_of_truncation:

@@ -1,8 +1,9 @@
 """How much a device computes, against what it could: FLOPs of a sample, peaks of devices, MFU.
 
-Counted on the uncompiled towers, forward and backward, as they are trained: what is frozen or
-dropped is not counted, nor are the objectives, the momentum copy and the teacher. Start at
-`measure`.
+Counted on the uncompiled towers, forward and backward, as they are trained: patches that are
+dropped are not counted, and of what is frozen for good only its forward pass. Nor are the
+objectives, the momentum copy, the teacher, and what is computed a second time to save memory. Start
+at `measure`.
 """
 
 from collections.abc import Callable
@@ -13,6 +14,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from clipserve.model import Model
+from training.buffers import untouched
+from training.precision import Precision, without_shortcut
 from training.streaming import Batch
 
 # Dense bf16, from NVIDIA's data sheets, in TFLOP/s; the longer of two names first.
@@ -56,7 +59,8 @@ class Work:
 def measure(model: Model, peak: float | None = None) -> Work:
     """Count on two blank pictures and empty texts; the model stays as it is.
 
-    It must be whole and without gradients yet: those that this makes are dropped.
+    It must be whole, without checkpointing of activations, and without gradients yet: those that
+    this makes are dropped.
     """
     pixels = torch.zeros(_ROWS, 3, *model.transform.size, device=model.device)
     ids = model.tokenizer([""] * _ROWS).ids.to(model.device)
@@ -65,11 +69,11 @@ def measure(model: Model, peak: float | None = None) -> Work:
     return Work(image, both - image, model.context_length, peak)
 
 
-def find_peak(device: torch.device, autocast: bool, given: float | None) -> float | None:
+def find_peak(device: torch.device, precision: Precision, given: float | None) -> float | None:
     """FLOP/s of one device: what `train.peak_tflops` says, or the data sheet of a known GPU."""
     if given is not None:
         return given * 1e12
-    if device.type != "cuda" or not autocast:
+    if device.type != "cuda" or precision.autocast is None:
         return None
     name = torch.cuda.get_device_name(device)
     known = next((peak for part, peak in _PEAKS.items() if part in name.split(" ", 1)[-1]), None)
@@ -78,13 +82,11 @@ def find_peak(device: torch.device, autocast: bool, given: float | None) -> floa
 
 def _count(model: Model, compute: Callable[[], list[Tensor]]) -> float:
     """FLOPs of one row, with the gradients that training would need."""
-    before = [(buffer, buffer.clone()) for buffer in model.network.buffers()]
-    with FlopCounterMode(display=False) as counter:
+    counter = FlopCounterMode(display=False)  # which does not know what the shortcut does
+    with untouched(model.network), without_shortcut(), counter:
         outputs = [output.sum() for output in compute() if output.requires_grad]
         if outputs:
             torch.autograd.backward(outputs)  # the counter's hooks know no autograd.grad
     for parameter in model.parameters():
         parameter.grad = None
-    for buffer, value in before:  # running statistics
-        buffer.copy_(value)
     return float(counter.get_total_flops()) / _ROWS

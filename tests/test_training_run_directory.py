@@ -1,0 +1,99 @@
+"""Going back, what is kept aside, and what several processes must see alike."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import forked
+import pytest
+from rich.console import Console
+from test_training_loop import SMALL
+
+from clipserve.config import load_config
+from clipserve.errors import CheckpointError
+from clipserve.files import link_atomic
+from training.distributed import World
+from training.loop import train
+from training.run_directory import RunDirectory
+from training.shards import PackOptions, pack
+
+# Nothing is learnt, so that no validation is better than the one before.
+STILL = [*SMALL, "optim.lr=1e-30", "optim.schedule=constant", "train.keep_checkpoints=9"]
+
+
+@pytest.fixture
+def given(captioned: Any, tmp_path: Path) -> list[str]:
+    """Settings without `out`; an epoch is three steps."""
+    pack(captioned(24, "a"), tmp_path / "train", PackOptions(samples_per_shard=10))
+    pack(captioned(10, "b"), tmp_path / "val")
+    return [f"data.train={tmp_path / 'train'}", f"data.val={tmp_path / 'val'}", *STILL]
+
+
+def run(given: list[str], out: Path, *more: str, resume: str = "auto") -> None:
+    train(load_config(None, [f"out={out}", *given, *more]), resume, Console(file=io.StringIO()))
+
+
+@pytest.fixture
+def begun(given: list[str], tmp_path: Path) -> Path:
+    """Checkpoints of steps 3 and 6, and the latter is said to be the best."""
+    run(given, tmp_path / "run", "train.steps=6")
+    link_atomic(tmp_path / "run" / "best", "checkpoints/step-000000006")
+    return tmp_path / "run"
+
+
+def best(out: Path) -> tuple[str, float | None]:
+    """What is linked, and what the newest checkpoint holds for the best value."""
+    state = json.loads((out / "latest" / "state" / "state.json").read_text())
+    return (out / "best").resolve().name, state["counters"]["best"]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_going_back_past_the_best_forgets_it_on_any_number_of_processes(
+    begun: Path, given: list[str], tmp_path: Path, size: int
+) -> None:
+    start = begun / "checkpoints" / "step-000000003"
+    arguments = [f"out={begun}", *given, "train.steps=4", "--resume", str(start)]
+    for rank in forked.train(size, tmp_path / "logs", arguments):
+        assert rank.code == 0, rank.said
+    assert {folder.name for folder in (begun / "checkpoints").iterdir()} == {
+        "step-000000003",
+        "step-000000004",
+        "left-step-000000006",
+    }
+    name, value = best(begun)
+    assert (name, value is None) == ("step-000000004", False)
+
+
+def test_a_run_killed_right_after_going_back_knows_of_no_best_either(
+    begun: Path, given: list[str]
+) -> None:
+    RunDirectory(begun, 9).go_back_to(begun / "checkpoints" / "step-000000003", 3)
+    run(given, begun, "train.steps=4")
+    assert best(begun)[0] == "step-000000004"
+
+
+def test_a_run_begun_from_anothers_checkpoint_has_a_best_of_its_own(
+    begun: Path, given: list[str], tmp_path: Path
+) -> None:
+    run(given, tmp_path / "other", "train.steps=9", resume=str(begun / "latest"))
+    assert best(tmp_path / "other")[0] == "step-000000009"
+
+
+def check_ranks(world: World, folder: Path) -> None:
+    shared, own = (RunDirectory(folder / name, 1) for name in ("shared", str(world.rank)))
+    assert shared.find_latest(world) == shared.path / "checkpoints" / "step-000000001"
+    with pytest.raises(CheckpointError, match="not find the same checkpoint step-000000001 in"):
+        own.find_latest(world)
+    assert RunDirectory(folder / "none", 1).find_latest(world) is None
+
+
+def test_the_checkpoint_to_roll_back_to_is_the_same_on_all_processes_or_none(
+    tmp_path: Path,
+) -> None:
+    for name in ("shared", "0", "1"):
+        state = tmp_path / name / "checkpoints" / "step-000000001" / "state"
+        state.mkdir(parents=True)
+        (state / "state.json").write_text(f"of {name}")
+        link_atomic(tmp_path / name / "latest", "checkpoints/step-000000001")
+    forked.call(2, check_ranks, tmp_path)
