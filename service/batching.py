@@ -121,7 +121,6 @@ class Batcher:
         self._full_pace = {kind: _Pace() for kind in KINDS}
         self._losses = 0
         self._not_before_s = -math.inf
-        self._is_serving = True
         self._closing = False
 
     def close(self) -> None:
@@ -205,11 +204,6 @@ class Batcher:
         """Items admitted and not settled: being prepared, queued or running."""
         return self._open_items
 
-    @property
-    def is_serving(self) -> bool:
-        """False from the loss of a thread until an item, such as a canary, has been answered."""
-        return self._is_serving
-
     def _drop(self, job: Job, error: Exception) -> None:
         # Settled first: a `put` after that leaves them alone, one before it is swept out here.
         for index in range(len(job.results)):
@@ -275,7 +269,6 @@ class Batcher:
             lost = [] if self._closing else self._lost()
             for worker in lost:
                 self._workers.remove(worker)
-                self._is_serving = False
                 delay = 0.05 * 2 ** min(self._losses, _MAX_DOUBLINGS) if self._losses else 0.0
                 self._not_before_s = self._clock() + min(delay, _MAX_RESTART_DELAY_S)
                 self._losses += 1
@@ -306,7 +299,7 @@ class Batcher:
             if worker not in self._workers:
                 return
             if not all(isinstance(result, Exception) for result in results):
-                self._is_serving, self._losses = True, 0
+                self._losses = 0
             if items[0].kind != "call":  # it may be anything, and is no picture or text
                 self._note_pace(items[0].kind, len(items), seconds)
         started = self._clock() - seconds

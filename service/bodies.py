@@ -2,11 +2,11 @@
 
 Routes read bodies themselves: a large one is parsed in the pool, off the event loop, and a body is
 never repeated in an error. A small one cannot cost much more memory than its bytes: what makes many
-objects of few bytes is counted first. Start at `read`.
+objects of few bytes is counted first, and bounded. Start at `read`.
 """
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import orjson
@@ -14,18 +14,21 @@ from fastapi import Request
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import from_json
-from starlette.datastructures import UploadFile
 
 from service.errors import InvalidBody, RequestError, UnsupportedBody, invalid_body
+from service.forms import parse_form
 from service.schemas import Given, Values
 
+T = TypeVar("T")
 Kind = TypeVar("Kind", bound=BaseModel)
 
 _LARGE_BODY_BYTES = 64 * 2**10
 _MAX_BRACKETS = 200_000
 """[ and { in a body: lists and objects, of which an empty one is 2 bytes there and 64 here"""
+_MAX_VALUES = 1_000_000
+"""commas in a body: numbers, texts and fields, which make up to twenty times their bytes"""
 _MAX_LINE_VALUES = 100_000
-"""commas in a line: numbers, texts and fields, which make up to twenty times their bytes"""
+"""the same in a line"""
 _FILE_PARTS = ("file", "files")
 
 
@@ -57,10 +60,7 @@ async def read_json(request: Request, kind: type[Kind], *, optional: bool = Fals
 
 async def parse_json(request: Request, kind: type[Kind], body: bytes) -> Kind:
     """A body from JSON, a large one in the pool, its error too. Raises InvalidBody."""
-    if len(body) < _LARGE_BODY_BYTES:
-        return _parse_json(kind, body)
-    pool = request.app.state.registry.pool
-    return await asyncio.get_running_loop().run_in_executor(pool, _parse_json, kind, body)
+    return await _parsed(request, body, lambda: _parse_json(kind, body))
 
 
 def parse_line(kind: type[Kind], line: bytes, max_bytes: int) -> Kind:
@@ -77,6 +77,11 @@ def parse_line(kind: type[Kind], line: bytes, max_bytes: int) -> Kind:
 def _parse_json(kind: type[Kind], body: bytes) -> Kind:
     if body.count(b"[") + body.count(b"{") > _MAX_BRACKETS:
         raise InvalidBody(f"there are more than {_MAX_BRACKETS} lists and objects")
+    if body.count(b",") > _MAX_VALUES:
+        raise InvalidBody(
+            f"there are more than {_MAX_VALUES} values; send fewer items at once",
+            code="too_many_items",
+        )
     try:
         # Not by pydantic's own parser, which first makes a tree of many times the size.
         value = from_json(body)
@@ -114,18 +119,24 @@ def content_type(request: Request) -> str:
 async def _read_form(
     request: Request, kind: type[Kind], max_files: int, max_fields: int
 ) -> tuple[Kind, list[bytes]]:
-    files: list[bytes] = []
-    pairs: list[tuple[str, str]] = []
-    async with request.form(max_files=max_files, max_fields=max_fields) as data:
-        for name, value in data.multi_items():
-            if isinstance(value, str):
-                pairs.append((name, value))
-            elif name in _FILE_PARTS:
-                assert isinstance(value, UploadFile)
-                files.append(await value.read())
-            else:
-                raise InvalidBody("a file part of the form is not called file or files; see /docs")
-    return from_texts(kind, pairs), files
+    body = await request.body()
+    sent_as = request.headers["content-type"]
+
+    def parse() -> tuple[Kind, list[bytes]]:
+        form = parse_form(sent_as, body, max_files=max_files, max_fields=max_fields)
+        if any(name not in _FILE_PARTS for name, _ in form.files):
+            raise InvalidBody("a file part of the form is not called file or files; see /docs")
+        return from_texts(kind, form.fields), [content for _, content in form.files]
+
+    return await _parsed(request, body, parse)
+
+
+async def _parsed(request: Request, body: bytes, parse: Callable[[], T]) -> T:
+    """What `parse` makes of a body; of a large one in the pool."""
+    if len(body) < _LARGE_BODY_BYTES:
+        return parse()
+    pool = request.app.state.registry.pool
+    return await asyncio.get_running_loop().run_in_executor(pool, parse)
 
 
 def _value(field: FieldInfo, name: str, values: list[str]) -> Any:

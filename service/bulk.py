@@ -115,14 +115,14 @@ class Job:
 async def work_through(job: Job, registry: Registry, pool: Executor) -> None:
     """Store what is not stored yet. Raises what makes the rest of it impossible.
 
-    `pool` reads and writes files.
+    `pool` reads and writes files, and parses their lines, where no request waits for it.
     """
     served = registry.collection(job.collection)
     served.check_writable()
     if served.collection.identity != job.identity:
         raise NotFound("the collection was dropped and made anew since the job was sent")
     loop = asyncio.get_running_loop()
-    position = await registry.in_store(_resume, job, served)
+    position = await registry.in_store(served, _resume, job, served)
     size = min(_BATCH_ITEMS, max(1, registry.settings.max_queue_items // 2))
     batches = job.spool.batches(position, size)
     ahead: deque[tuple[Batch, asyncio.Task[list[Prepared | Exception]]]] = deque()
@@ -133,12 +133,12 @@ async def work_through(job: Job, registry: Registry, pool: Executor) -> None:
                 batch = await loop.run_in_executor(pool, next, batches, None)
                 if batch is None:
                     break
-                ahead.append((batch, asyncio.create_task(_prepare(batch, served, registry))))
+                ahead.append((batch, asyncio.create_task(_prepare(batch, served, registry, pool))))
             if not ahead:
                 return
             prepared = await ahead[0][1]
             batch, _ = ahead.popleft()
-            await registry.in_store(_commit, job, served, batch, prepared)
+            await registry.in_store(served, _commit, job, served, batch, prepared)
             job.seconds = time.monotonic() - started
     finally:
         for _, task in ahead:
@@ -146,11 +146,11 @@ async def work_through(job: Job, registry: Registry, pool: Executor) -> None:
 
 
 async def _prepare(
-    batch: Batch, served: ServedCollection, registry: Registry
+    batch: Batch, served: ServedCollection, registry: Registry, pool: Executor
 ) -> list[Prepared | Exception]:
     loop = asyncio.get_running_loop()
     max_bytes = registry.settings.max_image_bytes * 4 // 3 + _LINE_BYTES
-    parsed = await loop.run_in_executor(registry.pool, _parse, batch.lines, max_bytes)
+    parsed = await loop.run_in_executor(pool, _parse, batch.lines, max_bytes)
     items = [one for one in parsed if isinstance(one, UpsertItem)]
     for _ in range(_ATTEMPTS):
         found = await _patiently(items, served, registry)

@@ -85,7 +85,8 @@ class VectorCache:
         """What came of computing it. If that was abandoned, the next who waits computes it."""
         if not self._max_bytes:
             return
-        if isinstance(result, Abandoned) and self._hand_over(key):
+        if isinstance(result, Abandoned):
+            self._hand_over(key)
             return
         with self._lock:
             waiters = self._waiters.pop(key)
@@ -95,15 +96,16 @@ class VectorCache:
             # A copy each: an error is completed with its place in each one's request.
             waiter(result if isinstance(result, Entry) else copy.copy(result))
 
-    def _hand_over(self, key: Key) -> bool:
-        """Whether somebody who waits takes it over."""
+    def _hand_over(self, key: Key) -> None:
+        """To the first who still waits; where nobody does, who asks next computes it."""
         while True:
             with self._lock:
                 if not self._waiters[key]:
-                    return False
+                    del self._waiters[key]
+                    return
                 successor = self._waiters[key].popleft()
             if successor(Turn.YOURS):
-                return True
+                return
 
     def _keep(self, key: Key, entry: Entry) -> Entry:
         """A row of its own, which nobody can change and which keeps no batch in memory."""
@@ -121,6 +123,10 @@ class VectorCache:
     def num_bytes(self) -> int:
         """Memory in use, about."""
         return self._num_bytes
+
+    def __contains__(self, key: Key) -> bool:
+        with self._lock:
+            return key in self._entries
 
     def __len__(self) -> int:
         return len(self._entries)

@@ -16,7 +16,17 @@ import orjson
 
 from clipserve.prompts import ClassHead
 
-Build = Callable[[], Awaitable[ClassHead]]
+
+@dataclass(frozen=True)
+class Head:
+    """A classifier, and what was cut to make it."""
+
+    classifier: ClassHead
+    truncated: tuple[int, ...] = ()
+    """places of labels that did not fit into the model's context, in at least one template"""
+
+
+Build = Callable[[], Awaitable[Head]]
 
 
 class Counter(Protocol):
@@ -29,7 +39,7 @@ class Counter(Protocol):
 
 @dataclass(eq=False)
 class _Building:
-    task: "asyncio.Future[ClassHead]"
+    task: "asyncio.Future[Head]"
     waiting: int = 0
 
 
@@ -39,11 +49,11 @@ class HeadCache:
     def __init__(self, max_bytes: int, counter: Counter) -> None:
         self._max_bytes = max_bytes
         self._counter = counter
-        self._heads: OrderedDict[Hashable, ClassHead] = OrderedDict()
+        self._heads: OrderedDict[Hashable, Head] = OrderedDict()
         self._building: dict[Hashable, _Building] = {}
         self._num_bytes = 0
 
-    async def get(self, key: Hashable, build: Build) -> ClassHead:
+    async def get(self, key: Hashable, build: Build) -> Head:
         """The head under `key`, built if it is not here. A build that fails is not kept."""
         if key in self._heads:
             self._counter.cache_hit("head")
@@ -70,7 +80,7 @@ class HeadCache:
         self._keep(key, head)
         return head
 
-    def _keep(self, key: Hashable, head: ClassHead) -> None:
+    def _keep(self, key: Hashable, head: Head) -> None:
         if key in self._heads or _size(head) > self._max_bytes:
             return
         self._heads[key] = head
@@ -88,5 +98,6 @@ def digest(labels: Sequence[str], templates: Sequence[str]) -> bytes:
     return hashlib.sha256(orjson.dumps([labels, templates])).digest()
 
 
-def _size(head: ClassHead) -> int:
-    return head.weights.nbytes + sum(map(sys.getsizeof, head.labels))
+def _size(head: Head) -> int:
+    kept = head.classifier
+    return kept.weights.nbytes + sum(map(sys.getsizeof, kept.labels))

@@ -23,6 +23,8 @@ MAX_TEXT_CHARS = 10_000
 MAX_PROMPT_CHARS = 4_000_000
 """of all labels in all templates of one classifier, filled in"""
 
+_FETCHES = 4
+"""at once for one request, which leaves connections to others"""
 _FETCHED = ("http://", "https://")
 _URL_SCHEMES = (*_FETCHED, "ftp://", "file://", "s3://", "gs://")
 
@@ -84,14 +86,16 @@ async def fetched(inputs: Sequence[Input], fetcher: Fetcher | None) -> list[Inpu
     """
     if fetcher is None or not any(isinstance(item, Link) for item in inputs):
         return list(inputs)
-    return await asyncio.gather(*(_fetch(item, fetcher) for item in inputs))
+    turns = asyncio.Semaphore(_FETCHES)
+    return await asyncio.gather(*(_fetch(item, fetcher, turns) for item in inputs))
 
 
-async def _fetch(item: Input, fetcher: Fetcher) -> Input:
+async def _fetch(item: Input, fetcher: Fetcher, turns: asyncio.Semaphore) -> Input:
     if not isinstance(item, Link):
         return item
     try:
-        return Picture(await fetcher.get(item.url, item.param))
+        async with turns:
+            return Picture(await fetcher.get(item.url, item.param))
     except ClipserveError as error:
         return Unfetched(b"", error)
 

@@ -1,9 +1,10 @@
 """What every request may cost, enforced before any route sees it, as one raw ASGI middleware.
 
 It reads the headers for what is never right, counts the body while it arrives (never trusting
-Content-Length), bounds the bodies and requests held at once, and watches the client: when the
-connection closes, or the time is up, the route's task is cancelled, which takes its items out of
-the model's queue.
+Content-Length), bounds the bodies, answers and requests held at once, and watches the client: when
+the connection closes, or the time is up, the route's task is cancelled, which takes its items out
+of the model's queue. What needs no key is not counted, so that it takes nobody's place, and has no
+body.
 """
 
 import asyncio
@@ -12,6 +13,7 @@ import time
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.auth import is_open
 from service.errors import (
     BodyTooLarge,
     HeadersTooLarge,
@@ -26,7 +28,10 @@ from service.notes import notes
 from service.settings import Settings
 
 Headers = list[tuple[bytes, bytes]]
-_ALWAYS_SERVED = ("/health", "/metrics")
+_ALWAYS_SERVED = "/metrics"
+_PIECE_BYTES = 64 * 2**10
+"""of an answer that the server gets at once: what it was given and the client does not read stays
+in memory, counted by nobody"""
 
 
 class ClientGone(Exception):
@@ -34,7 +39,7 @@ class ClientGone(Exception):
 
 
 class Load:
-    """The requests being served, and the bytes they hold."""
+    """The requests being served, and the bytes that they and their answers hold."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -51,7 +56,10 @@ class Load:
     def add(self, size: int) -> None:
         """Overloaded if so many bytes more are too many."""
         if self.bytes + size > self._settings.max_inflight_bytes:
-            raise Overloaded("too many bytes of requests are being served; come back later")
+            raise Overloaded(
+                "too many bytes of requests and answers are being served; come back later, or ask"
+                " for less at once"
+            )
         self.bytes += size
 
 
@@ -67,24 +75,25 @@ class RequestLimits:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        held = _Held(self._settings.max_body_bytes, self._load)
-        self._load.requests += 1
+        load = Load(self._settings) if is_open(scope["path"]) else self._load
+        held = _Held(self._settings.max_body_bytes, load)
+        load.requests += 1
         try:
-            if not scope["path"].startswith(_ALWAYS_SERVED):
-                self._load.check_requests()
+            if scope["path"] != _ALWAYS_SERVED:
+                load.check_requests()
             seconds = self._check_headers(scope, held)
             body = await self._read_body(receive, held)
             notes().hold = held.add
             if seconds < self._settings.request_timeout_s:  # which the client asked for
                 notes().deadline_s = time.monotonic() + seconds
-            await self._run(scope, receive, send, body, seconds)
+            await self._run(scope, receive, _Answer(send, held), body, seconds)
         except RequestError as error:
             await error_response(error)(scope, receive, send)
         except ClientGone:
             return
         finally:
-            self._load.requests -= 1
-            self._load.bytes -= held.size
+            load.requests -= 1
+            load.bytes -= held.size
 
     def _check_headers(self, scope: Scope, held: "_Held") -> float:
         """RequestError for a request that no route would read; how long its answer may take."""
@@ -99,6 +108,8 @@ class RequestLimits:
             )
         length = _content_length(headers)
         held.check(length)
+        if is_open(scope["path"]) and (length or _values(headers, b"transfer-encoding")):
+            raise BodyTooLarge("what needs no key takes no body; send none")
         _check_body_is_plain(headers)
         return min(settings.request_timeout_s, _wanted_timeout(headers))
 
@@ -120,24 +131,18 @@ class RequestLimits:
             raise SlowBody(f"the body took over {limit:g} s to arrive") from None
 
     async def _run(
-        self, scope: Scope, receive: Receive, send: Send, body: bytes, limit: float
+        self, scope: Scope, receive: Receive, answer: "_Answer", body: bytes, limit: float
     ) -> None:
-        started = False
-
-        async def send_noting(message: Message) -> None:
-            nonlocal started
-            started = True
-            await send(message)
-
         watcher = asyncio.ensure_future(_wait_for_disconnect(receive))
-        app = asyncio.ensure_future(self._app(scope, _replay(body, watcher), send_noting))
+        app = asyncio.ensure_future(self._app(scope, _replay(body, watcher), answer.send))
         try:
             await asyncio.wait({app, watcher}, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
-            if started:  # let the answer go out
+            if answer.started:  # let it go out
                 await asyncio.wait({app}, timeout=self._settings.request_timeout_s)
             if app.done():
                 await app
-            elif not started and not watcher.done():
+                answer.check()
+            elif not answer.started and not watcher.done():
                 raise RequestTimeout(
                     f"the answer took over {limit:g} s and is not waited for; a write that was"
                     " begun may still complete"
@@ -148,7 +153,7 @@ class RequestLimits:
 
 
 class _Held:
-    """The bytes that one request holds: its body, and what is fetched for it."""
+    """The bytes that one request holds: its body, what is fetched for it, a large answer."""
 
     def __init__(self, limit: int, load: Load) -> None:
         self._limit = limit
@@ -165,8 +170,48 @@ class _Held:
 
     def add(self, size: int) -> None:
         self.check(size)
+        self.add_answer(size)
+
+    def add_answer(self, size: int) -> None:
         self._load.add(size)
         self.size += size
+
+
+class _Answer:
+    """What the route sends: counted before any of it goes out, and given to the server no faster
+    than the client reads, while the request keeps its place."""
+
+    def __init__(self, send: Send, held: _Held) -> None:
+        self.started = False
+        self._send = send
+        self._held = held
+        self._refusal: Overloaded | None = None
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._count(_content_length(message.get("headers", [])))
+        if self._refusal is not None:
+            return
+        self.started = True
+        body = message.get("body", b"")
+        if len(body) > _PIECE_BYTES:
+            for start in range(0, len(body), _PIECE_BYTES):
+                piece = body[start : start + _PIECE_BYTES]
+                await self._send({**message, "body": piece, "more_body": True})
+            message = {**message, "body": b""}
+        await self._send(message)
+
+    def check(self) -> None:
+        """Overloaded if there was no room for it."""
+        if self._refusal is not None:
+            raise self._refusal
+
+    def _count(self, size: int) -> None:
+        try:
+            if size > _PIECE_BYTES:
+                self._held.add_answer(size)
+        except Overloaded as error:
+            self._refusal = error
 
 
 def _values(headers: Headers, name: bytes) -> list[bytes]:

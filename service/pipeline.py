@@ -1,6 +1,6 @@
 """The pictures and texts of one request -> unit vectors, through the pool and the model's queue.
 
-Decoding and tokenising happen in a small thread pool, neither on the event loop nor on the model's
+Decoding and tokenising happen in small thread pools, neither on the event loop nor on the model's
 thread. Each item succeeds or fails on its own, and one whose content was seen before is not
 computed again. Start at `Pipeline.embed`.
 
@@ -11,7 +11,6 @@ import asyncio
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -25,12 +24,17 @@ from clipserve.model import Model
 from service.batching import Batcher, Job, Kind, Observer
 from service.caches import Caches, Entry, Key, Outcome, Turn, VectorCache, digest
 from service.encoding import Encoder, Pair, TextRow
-from service.errors import ModelFailed, NotReady
+from service.errors import ModelFailed, Overloaded
 from service.inputs import Input, Picture, Text
+from service.pool import Pool
 from service.scheduler import Priority
 from service.settings import Settings
 
 T = TypeVar("T")
+
+_TEXTS_AT_ONCE = 8
+_TURN_S = 0.02
+"""of the tokenizer's thread for one request, while others wait"""
 
 
 @dataclass
@@ -53,6 +57,15 @@ class Embedded:
         return np.stack([vector for vector in self.vectors if isinstance(vector, np.ndarray)])
 
 
+@dataclass
+class Matched:
+    """The answers for N pairs of a picture and a text, in order."""
+
+    probabilities: list[float | Exception]
+    """that the two belong together, or the error that stopped this pair"""
+    truncated: list[bool]
+
+
 @dataclass(frozen=True, eq=False)
 class _Request:
     job: Job
@@ -73,20 +86,20 @@ class Pipeline:
         self,
         model: Model,
         settings: Settings,
-        pool: Executor,
+        decoders: Pool,
         observer: Observer,
         name: str,
         caches: Caches | None = None,
     ) -> None:
         self._model = model
         self._limits = settings.image_limits
-        self._pool = pool
+        self._decoders = decoders
         self.observer = observer
         self._caches = caches or Caches(0, 0)
         self._maker = f"{model.info.fingerprint}/{model.dtype}/{model.device.type}"
         # Texts do not wait behind pictures; one thread, for transformers' fast tokenizers are not
         # thread-safe.
-        self._tokenizer_thread = ThreadPoolExecutor(1, f"tokenize-{name}")
+        self._tokenizer_thread = Pool(1, f"tokenize-{name}", settings.max_batch_s)
         self._encoder = Encoder(model, observer)
         on_gpu = model.device.type == "cuda"
         self._max_batch: dict[Kind, int] = {
@@ -114,10 +127,16 @@ class Pipeline:
         thumbnails: bool = False,
         priority: Priority = "interactive",
     ) -> Embedded:
-        """Vectors of all inputs. Raises Overloaded before any work; cancelling drops the work."""
+        """Vectors of all inputs. Raises Overloaded before any work, unless all are texts that are
+        kept; cancelling drops the work."""
         size = len(inputs)
         answer = Embedded([], [0] * size, [False] * size, [None] * size)
-        job = self.batcher.admit(size, priority=priority)
+        try:
+            job = self.batcher.admit(size, priority=priority)
+        except Overloaded:
+            if thumbnails or priority == "bulk" or not self._are_kept(inputs):
+                raise
+            job = self.batcher.admit(size, priority="urgent")
         request = _Request(job, answer, thumbnails, priority)
         try:
             self._prepare(request, inputs)
@@ -129,17 +148,19 @@ class Pipeline:
 
     async def match(
         self, pairs: Sequence[tuple[Picture, Text]], *, priority: Priority = "interactive"
-    ) -> list[float | Exception]:
+    ) -> Matched:
         """How likely picture and text of each pair belong together; for a model with fusion layers.
         Raises Overloaded before any work; cancelling drops the work."""
+        truncated = [False] * len(pairs)
         job = self.batcher.admit(len(pairs), priority=priority)
         try:
-            every, arguments = range(len(pairs)), (job, pairs, priority)
-            self._submit(self._tokenizer_thread, self._tokenize_pairs, job, every, *arguments)
+            tokenize = partial(self._tokenize_pairs, job, pairs, truncated, priority)
+            self._tokenizer_thread.submit(job, range(len(pairs)), tokenize, priority)
             await asyncio.wrap_future(job.done)
         finally:
             self.batcher.abandon(job)
-        return [one if isinstance(one, Exception) else float(one) for one in job.results]
+        found = [one if isinstance(one, Exception) else float(one) for one in job.results]
+        return Matched(found, truncated)
 
     async def run(self, function: Callable[[], T], *, priority: Priority = "interactive") -> T:
         """What the function returns or raises, called on the model's thread, between batches."""
@@ -174,7 +195,7 @@ class Pipeline:
     def close(self) -> None:
         """Stop the model's thread; what waits is refused."""
         self.batcher.close()
-        self._tokenizer_thread.shutdown(cancel_futures=True)
+        self._tokenizer_thread.close()
 
     def _call(self, function: Callable[[], Any]) -> None:
         job = self.batcher.admit(1)
@@ -189,40 +210,35 @@ class Pipeline:
         texts = []
         for index, item in enumerate(inputs):
             if isinstance(item, Picture):
-                self._submit(self._pool, self._read, request.job, [index], request, index, item)
+                self._submit_picture(request, index, partial(self._read, request, index, item))
             elif self._is_mine(request, index, "text", item.text):
                 texts.append((index, item.text))
         if texts:
             self._submit_texts(request, texts)
 
-    def _submit(
-        self,
-        pool: Executor,
-        function: Callable[..., None],
-        job: Job,
-        indices: Sequence[int],
-        *arguments: Any,
-    ) -> None:
-        """Call the function in the pool; whatever it raises is these items' error, or they would
-        wait for ever."""
-        try:
-            pool.submit(_settle_errors, function, job, indices, *arguments)
-        except RuntimeError:  # the pool is closed
-            for index in indices:
-                job.settle(index, NotReady("the service is shutting down"))
+    def _submit_picture(self, request: _Request, index: int, call: Callable[[], None]) -> None:
+        self._decoders.submit(request.job, [index], call, request.priority)
 
     def _submit_texts(self, request: _Request, texts: list[tuple[int, str]]) -> None:
-        indices = [index for index, _ in texts]
-        self._submit(self._tokenizer_thread, self._tokenize, request.job, indices, request, texts)
+        indices, tokenize = [index for index, _ in texts], partial(self._tokenize, request, texts)
+        self._tokenizer_thread.submit(request.job, indices, tokenize, request.priority)
 
     # The cache
+
+    def _are_kept(self, inputs: Sequence[Input]) -> bool:
+        return all(
+            isinstance(item, Text) and self._key(item.text) in self._caches.texts for item in inputs
+        )
+
+    def _key(self, content: str | bytes) -> Key:
+        return Key(self._maker, digest(content))
 
     def _is_mine(self, request: _Request, index: int, kind: Kind, content: str | bytes) -> bool:
         """Whether this item is to be computed; else its answer is there, or comes from another."""
         if not request.is_cached:
             return True
         cache = self._caches.texts if kind == "text" else self._caches.images
-        key = Key(self._maker, digest(content))
+        key = self._key(content)
         told = cache.ask(key, partial(self._be_told, cache, key, request, index, content))
         if told is Turn.YOURS:
             self.observer.cache_miss(kind)
@@ -252,7 +268,7 @@ class Pipeline:
         if isinstance(content, str):
             self._submit_texts(request, [(index, content)])
         else:
-            self._submit(self._pool, self._decode, request.job, [index], request, index, content)
+            self._submit_picture(request, index, partial(self._decode, request, index, content))
         return True
 
     def _promise(self, cache: VectorCache, key: Key, request: _Request, index: int) -> None:
@@ -268,20 +284,27 @@ class Pipeline:
 
         request.job.when_settled(index, tell)
 
-    # In the pool
+    # In the pools
 
     def _tokenize(self, request: _Request, texts: list[tuple[int, str]]) -> None:
-        if request.job.done.done():
-            return
+        """As many as one turn allows; the others wait behind those of other requests."""
         started = time.perf_counter()
-        tokens = self._model.tokenizer([text for _, text in texts])
-        rows = []
-        for row, (index, _) in enumerate(texts):
-            request.answer.num_tokens[index] = tokens.lengths[row]
-            request.answer.truncated[index] = tokens.truncated[row]
-            rows.append((index, TextRow(tokens.ids[row], tokens.lengths[row])))
-        self.observer.stage("tokenize", "text", time.perf_counter() - started)
-        self.batcher.put(request.job, "text", rows, request.priority)
+        rows: list[tuple[int, TextRow]] = []
+        while texts:
+            part, texts = texts[:_TEXTS_AT_ONCE], texts[_TEXTS_AT_ONCE:]
+            part = [(index, text) for index, text in part if not request.job.is_settled(index)]
+            tokens = self._model.tokenizer([text for _, text in part])
+            for row, (index, _) in enumerate(part):
+                request.answer.num_tokens[index] = tokens.lengths[row]
+                request.answer.truncated[index] = tokens.truncated[row]
+                rows.append((index, TextRow(tokens.ids[row], tokens.lengths[row])))
+            if time.perf_counter() - started > _TURN_S:
+                break
+        if rows:
+            self.observer.stage("tokenize", "text", time.perf_counter() - started)
+            self.batcher.put(request.job, "text", rows, request.priority)
+        if texts:
+            self._submit_texts(request, texts)
 
     def _read(self, request: _Request, index: int, item: Picture) -> None:
         if request.job.is_settled(index):
@@ -303,7 +326,11 @@ class Pipeline:
         self.batcher.put(request.job, "image", [(index, staged)], request.priority)
 
     def _tokenize_pairs(
-        self, job: Job, pairs: Sequence[tuple[Picture, Text]], priority: Priority
+        self,
+        job: Job,
+        pairs: Sequence[tuple[Picture, Text]],
+        truncated: list[bool],
+        priority: Priority,
     ) -> None:
         """Then one task for each different picture decodes it and queues its pairs."""
         tokens = self._model.tokenizer([text.text for _, text in pairs])
@@ -311,10 +338,10 @@ class Pipeline:
         for index, (picture, _) in enumerate(pairs):
             text = TextRow(tokens.ids[index], tokens.lengths[index])
             texts_of.setdefault(picture, {})[index] = text
+            truncated[index] = tokens.truncated[index]
         for picture, texts in texts_of.items():
-            self._submit(
-                self._pool, self._decode_pairs, job, list(texts), job, picture, texts, priority
-            )
+            decode_pairs = partial(self._decode_pairs, job, picture, texts, priority)
+            self._decoders.submit(job, list(texts), decode_pairs, priority)
 
     def _decode_pairs(
         self, job: Job, picture: Picture, texts: dict[int, TextRow], priority: Priority
@@ -330,9 +357,9 @@ class Pipeline:
         self.batcher.put(job, "match", pairs, priority)
 
 
-def _end(batcher: Batcher, tokenizer_thread: ThreadPoolExecutor) -> None:
+def _end(batcher: Batcher, tokenizer_thread: Pool) -> None:
     batcher.shut()
-    tokenizer_thread.shutdown(wait=False)
+    tokenizer_thread.shut()
 
 
 def _settle(request: _Request, index: int, found: Entry | Exception) -> None:
@@ -342,16 +369,6 @@ def _settle(request: _Request, index: int, found: Entry | Exception) -> None:
         request.job.settle(index, found.vector)
     else:
         request.job.settle(index, found)
-
-
-def _settle_errors(
-    function: Callable[..., None], job: Job, indices: Sequence[int], *arguments: Any
-) -> None:
-    try:
-        function(*arguments)
-    except Exception as error:
-        for index in indices:
-            job.settle(index, error)
 
 
 def _returned(job: Job) -> Any:

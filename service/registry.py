@@ -3,6 +3,9 @@
 Filled before the service starts (`add_model`, then `add_collection`), read by the routes, changed
 by `reload`, `create_collection` and `drop_collection` from the event loop. A collection whose model
 is not loaded is refused. It owns the thread pools, the caches and the metrics.
+
+There are three pools, so that what is quick waits for nothing slow: `pool` reads and writes large
+bodies, `decoders` decode pictures, and a third one, behind `in_store`, searches and writes.
 """
 
 import asyncio
@@ -24,6 +27,7 @@ from service.caches import Caches
 from service.errors import Forbidden, NotFound, RequestError
 from service.fetch import Fetcher
 from service.pipeline import Pipeline
+from service.pool import Pool
 from service.reload import Reloader, ReloadResult, load_checked
 from service.served import ServedCollection as ServedCollection
 from service.served import ServedModel as ServedModel
@@ -33,6 +37,7 @@ from service.telemetry import Telemetry
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
+_BODY_THREADS = 2
 _COLLECTION_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -45,11 +50,10 @@ class Registry:
         self.fetcher: Fetcher | None = None
         self.models: dict[str, ServedModel] = {}
         self.collections: dict[str, ServedCollection] = {}
-        self.pool = ThreadPoolExecutor(settings.decode_threads, "decode")
+        self.pool = ThreadPoolExecutor(_BODY_THREADS, "bodies")
+        self.decoders = Pool(settings.decode_threads, "decode", settings.max_batch_s)
         self._store = ThreadPoolExecutor(settings.search_threads, "search")
-        self._in_store: set[Future[Any]] = set()
         self._creating = asyncio.Lock()
-        self._admitting = asyncio.Lock()
         self._caches = Caches(settings.text_cache_bytes, settings.image_cache_bytes)
         self._reloader = Reloader(self)
         limit_threads()
@@ -85,7 +89,7 @@ class Registry:
     def prepare(self, model: Model, name: str, path: Path | None) -> ServedModel:
         """A model with a queue of its own, not served yet."""
         observer = self.telemetry.observe_model(name)
-        pipeline = Pipeline(model, self.settings, self.pool, observer, name, self._caches)
+        pipeline = Pipeline(model, self.settings, self.decoders, observer, name, self._caches)
         return ServedModel(model, name, pipeline, self.settings, path)
 
     async def reload(self, name: str, path: Path | None = None) -> ReloadResult:
@@ -140,8 +144,7 @@ class Registry:
         """Remove a collection below `collections_root` from the service and from disk.
 
         Searches and writes under way are waited for; who comes later meets CollectionClosed.
-        Forbidden as for `create_collection`, and for
-        a collection that lies elsewhere; NotFound.
+        Forbidden as for `create_collection`, and for a collection that lies elsewhere; NotFound.
         """
         root = self._writable_root()
         path = self.collection(name).collection.path
@@ -165,6 +168,12 @@ class Registry:
         served = list(self.models.values())
         return next((model for model in served if model.fingerprint == fingerprint), None)
 
+    def all_models(self) -> list[ServedModel]:
+        """Those that have a name, and older ones that collections are still searched with."""
+        named = list(self.models.values())
+        bound = [served.model for served in list(self.collections.values())]
+        return list({id(served): served for served in named + bound}.values())
+
     def collection(self, name: str | None) -> ServedCollection:
         """By name, or the only one. NotFound lists the known."""
         if name is None and len(self.collections) == 1:
@@ -179,21 +188,20 @@ class Registry:
             )
         return self.collections[name]
 
-    async def in_store(self, function: Callable[..., T], *arguments: object) -> T:
-        """Run a search or a write in its own pool, off the event loop."""
-        async with self._admitting:
-            future = self._store.submit(function, *arguments)
-            self._in_store.add(future)
-            future.add_done_callback(self._in_store.discard)
+    async def in_store(
+        self, served: ServedCollection, function: Callable[..., T], *arguments: object
+    ) -> T:
+        """Run a search or a write of the collection in its own pool, off the event loop.
+        CollectionClosed from when it is dropped."""
+        future = served.admit(lambda: self._store.submit(function, *arguments))
         return await asyncio.wrap_future(future)
 
     def close(self) -> None:
         """Stop every thread, then close the collections."""
         self.pool.shutdown(cancel_futures=True)
+        self.decoders.close()
         self._store.shutdown(cancel_futures=True)
-        models = {id(served.model): served.model for served in self.collections.values()}
-        models |= {id(served): served for served in self.models.values()}
-        for served in models.values():
+        for served in self.all_models():
             served.pipeline.close()
         for collection in self.collections.values():
             collection.close()
@@ -217,7 +225,9 @@ class Registry:
                     param="name",
                     code="collection_exists",
                 )
-            served = await self.in_store(self._make, path, model)
+            loop = asyncio.get_running_loop()
+            served = await loop.run_in_executor(self._store, self._make, path, model)
+            self._bind(served)
             self.collections[path.name] = served
             return served
 
@@ -231,13 +241,22 @@ class Registry:
         searcher = Searcher(path, fingerprint=model.fingerprint)
         return ServedCollection(searcher, model, self.settings)
 
+    def _bind(self, served: ServedCollection) -> None:
+        """To the model that has the name now: a reload may have come while it was made."""
+        current = self.models[served.model.name]
+        if current.fingerprint == served.model.fingerprint:
+            served.model = current
+        else:
+            served.stale = True
+
     async def _drop(self, served: ServedCollection, path: Path) -> None:
-        async with self._admitting:  # nobody may be using what is closed, nor begin to
-            await asyncio.to_thread(self._close_idle, served)
+        running = served.admit_no_more()
+        await asyncio.to_thread(self._close_idle, served, running)
         await asyncio.to_thread(self._erase, path)
 
-    def _close_idle(self, served: ServedCollection) -> None:
-        wait(list(self._in_store))
+    @staticmethod
+    def _close_idle(served: ServedCollection, running: list[Future[Any]]) -> None:
+        wait(running)
         served.close()
 
     @staticmethod

@@ -103,12 +103,14 @@ class EmbeddingsRequest(Body):
     """Jina's name for encoding_format; goes before it"""
     dimensions: int | None = None
     """must be the model's own number, if given"""
+    normalized: bool = True
+    """Jina's; vectors are always of unit length, so false is refused"""
     on_error: Literal["fail", "report"] = "fail"
     """fail: one bad item fails the request; report: the others are answered, `errors` names it"""
     truncate: bool = True
     """false: a text that does not fit into the model's context is an error, instead of cut"""
     priority: Literal["interactive", "bulk"] = "interactive"
-    """bulk: after everything that is interactive"""
+    """bulk: behind what is interactive; while that goes on, it has one small batch in nine"""
 
 
 class ClassifyRequest(Body):

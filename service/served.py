@@ -6,8 +6,10 @@ Legend: C classes, M templates, E embedding.
 import contextlib
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -16,18 +18,20 @@ from clipserve.config import RerankScore
 from clipserve.embed import describe_precision
 from clipserve.errors import CollectionClosed
 from clipserve.model import Model
-from clipserve.prompts import ClassHead, fill, head_from_prompts, load_templates
+from clipserve.prompts import fill, head_from_prompts, load_templates
 from index.collection import Collection
 from index.database import is_writable
 from index.maintain import Maintainer
 from index.rerank import Reranked, rerank
 from index.search import Hit, Searcher
 from service.errors import Forbidden, RequestError
-from service.heads import HeadCache, digest
+from service.heads import Head, HeadCache, digest
 from service.inputs import Input, Picture, Text
 from service.notes import without_deadline
-from service.pipeline import Pipeline
+from service.pipeline import Matched, Pipeline
 from service.settings import Settings
+
+T = TypeVar("T")
 
 _NAME_BYTES = 128
 """of a label as it usually is"""
@@ -63,7 +67,7 @@ class ServedModel:
         """The dtype of its vectors, and what was measured to choose it."""
         return describe_precision(self.model)
 
-    async def head(self, labels: tuple[str, ...], templates: str | tuple[str, ...]) -> ClassHead:
+    async def head(self, labels: tuple[str, ...], templates: str | tuple[str, ...]) -> Head:
         """The classifier over checked labels and templates, as `model.zero_shot` makes it."""
         sets = tuple(load_templates(templates)) if isinstance(templates, str) else templates
         count, limit = len(labels) * len(sets), self._settings.max_prompts
@@ -77,9 +81,7 @@ class ServedModel:
         key = (self.fingerprint, self.model.dtype, digest(labels, sets))
         return await self._heads.get(key, lambda: self._build_head(labels, sets))
 
-    async def match(
-        self, images: Sequence[Input], texts: Sequence[Input]
-    ) -> list[float | Exception]:
+    async def match(self, images: Sequence[Input], texts: Sequence[Input]) -> Matched:
         """How likely image i and text i belong together, read jointly."""
         self.check_fusion()
         pairs = [
@@ -100,15 +102,29 @@ class ServedModel:
                 code="no_matching",
             )
 
-    async def _build_head(self, labels: tuple[str, ...], sets: tuple[str, ...]) -> ClassHead:
+    def check_dimensions(self, wanted: int | None, param: str) -> None:
+        """RequestError unless it is the model's own number, or none is given."""
+        embed_dim = self.model.embed_dim
+        if wanted not in (None, embed_dim):
+            raise RequestError(
+                f"this model makes vectors of {embed_dim} dimensions and cannot shorten them; leave"
+                f" {param} out, or give {embed_dim}",
+                param=param,
+            )
+
+    async def _build_head(self, labels: tuple[str, ...], sets: tuple[str, ...]) -> Head:
         """Through the queue, in pieces, so that other requests get their turn in between."""
         prompts = [Text(fill(template, label)) for label in labels for template in sets]
-        parts = []
+        parts, truncated = [], []
         with without_deadline():
             for start in range(0, len(prompts), self._settings.max_text_batch):
                 piece = prompts[start : start + self._settings.max_text_batch]
-                parts.append((await self.pipeline.embed(piece)).rows())
-        return head_from_prompts(self.model, labels, np.concatenate(parts))
+                answer = await self.pipeline.embed(piece)
+                parts.append(answer.rows())
+                truncated += answer.truncated
+        is_cut = np.array(truncated).reshape(len(labels), -1).any(axis=1)  # (C,)
+        classifier = head_from_prompts(self.model, labels, np.concatenate(parts))
+        return Head(classifier, tuple(np.flatnonzero(is_cut).tolist()))
 
 
 class ServedCollection:
@@ -122,6 +138,8 @@ class ServedCollection:
         self.stale = False
         """whether its model is no longer served under its own name, a reload having replaced it"""
         self.is_closed = False
+        self._is_leaving = False
+        self._in_store: set[Future[Any]] = set()
         self._read_only = settings.read_only
         self._patience_s = settings.max_batch_s
         self._running = contextlib.ExitStack()
@@ -137,6 +155,21 @@ class ServedCollection:
         """Forbidden if the settings allow no changes."""
         if self._read_only:
             raise Forbidden("this service does not change collections; unset CLIPSERVE_READ_ONLY")
+
+    def admit(self, begin: Callable[[], Future[T]]) -> Future[T]:
+        """A search or a write, which is begun only if the collection stays. From the event loop, as
+        `admit_no_more`."""
+        if self._is_leaving:
+            raise CollectionClosed(f"collection {self.name!r} is being dropped")
+        future = begin()
+        self._in_store.add(future)
+        future.add_done_callback(self._in_store.discard)
+        return future
+
+    def admit_no_more(self) -> "list[Future[Any]]":
+        """What is still running, to be waited for before `close`."""
+        self._is_leaving = True
+        return list(self._in_store)
 
     def searcher_of(self, field: str) -> Searcher:
         """Over the vectors of "image" or "text"; opened at its first use, which reads them."""

@@ -140,10 +140,12 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 class Connection(H11Protocol):
-    """Closes itself when it is one too many, or waits too long for a whole request.
+    """Closes itself when it is one too many, or waits too long for a whole request, or for the
+    client to read.
 
     uvicorn has a limit for the time between requests, but none for a first one that never comes,
-    nor for one that comes a byte a minute, nor for a body that goes on when it was refused already.
+    nor for one that comes a byte a minute, nor for a body that goes on when it was refused already,
+    nor for an answer that nobody takes.
     """
 
     idle_timeout_s: float
@@ -166,13 +168,22 @@ class Connection(H11Protocol):
         super().on_response_complete()
         self._wait()
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._wait()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._wait()
+
     def _wait(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = self.loop.call_later(self.idle_timeout_s, self._close_if_idle)
+        self._timer = self.loop.call_later(self.idle_timeout_s, self._close_if_stuck)
 
-    def _close_if_idle(self) -> None:
-        if self.cycle is None or self.cycle.response_complete:
+    def _close_if_stuck(self) -> None:
+        """Unless a request is being served, whose time is the application's."""
+        if self.cycle is None or self.cycle.response_complete or self.flow.write_paused:
             self.transport.abort()
 
 

@@ -84,7 +84,8 @@ class Settings(BaseSettings):
     max_body_bytes: Count = 64 * 2**20
     """largest request body"""
     max_inflight_bytes: Count = 512 * 2**20
-    """bodies of all requests being served at once; beyond it requests get 429"""
+    """bodies of all requests being served at once, and their answers over 64 KB; beyond it requests
+    get 429"""
     max_headers: Count = 100
     """header lines of one request; beyond it 431"""
     max_header_bytes: Count = 32 * 2**10
@@ -119,7 +120,7 @@ class Settings(BaseSettings):
     max_text_batch: Count = 128
     """texts the model takes at once"""
     decode_threads: Count = Field(default_factory=lambda: min(8, count_processors()))
-    """threads that decode pictures and tokenise texts"""
+    """threads that decode pictures"""
     search_threads: Count = 4
     """threads that search and write collections"""
     max_cached_labels: Count = 50_000
@@ -131,8 +132,8 @@ class Settings(BaseSettings):
     """memory for the vectors of pictures seen before; 0 keeps none"""
 
     max_batch_s: Seconds = 120.0
-    """a batch that takes longer hangs: its thread is left behind, its items get 500, and another
-    thread takes over"""
+    """a batch, or a picture's decoding, that takes longer hangs: its thread is left behind, its
+    items get 500, and another thread takes over"""
     body_timeout_s: Seconds = 60.0
     """a body that takes longer to arrive gets 408; a connection that waits as long without a whole
     request is closed"""

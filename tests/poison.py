@@ -10,6 +10,7 @@ import gzip
 import io
 import json
 import pickle
+import random
 import struct
 import zlib
 from collections.abc import Iterator
@@ -35,7 +36,7 @@ class Hostile:
 
 def hostile_requests(large: bool = True) -> list[Hostile]:
     """All of them; `large`: those of many megabytes too."""
-    rows = [*_pictures(), *_values(), *_addresses(), *_bodies(), *_names()]
+    rows = [*_pictures(), *_values(), *_long(), *_addresses(), *_bodies(), *_names()]
     return rows + (list(_large()) if large else [])
 
 
@@ -161,20 +162,22 @@ def _values() -> Iterator[Hostile]:
         "offset of 10^18": {"text": "a", "offset": 10**18},
         "no query": {},
         "two queries": {"text": "a", "vector": [1.0] * 16},
-        "an unknown collection": {"text": "a", "collection": "../secret"},
         "a filter of an unknown operator": {"text": "a", "filter": {"n": {"$where": "1"}}},
         "a filter of 100,000 conditions": {
             "text": "a",
             "filter": {f"f{i}": i for i in range(10**5)},
         },
         "a filter of 500 levels": {"text": "a", "filter": _nested(500)},
-        "an id that is a path": {"id": "../../../etc/passwd"},
     }
+    asked = (400, 422)  # not 404, which is also what comes where no collection is served
     for name, value in queries.items():
-        yield _json(name, search, value)
+        yield _json(name, search, value, *asked)
+    missing = {"text": "a", "collection": "../secret"}
+    yield _json("an unknown collection", search, missing, 404)
+    yield _json("an id that is a path", search, {"id": "../../../etc/passwd"}, 404)
     for number in (b"NaN", b"Infinity", b"1e999"):
         body = b'{"vector": [' + b",".join([number] * 16) + b"]}"
-        yield _json(f"a vector of {number.decode()}", search, body)
+        yield _json(f"a vector of {number.decode()}", search, body, *asked)
     picture = _base64(picture_bytes())
     labels: dict[str, Any] = {
         "no labels": {"labels": []},
@@ -187,6 +190,18 @@ def _values() -> Iterator[Hostile]:
     }
     for name, value in labels.items():
         yield _json(name, "/v1/classify", {"images": [picture], **value})
+
+
+def _long() -> Iterator[Hostile]:
+    """Little to send, much to work or to answer."""
+    word = "".join(random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=4_900))
+    words = [word[i:] + word[:i] for i in range(256)]
+    yield _json("256 texts of one long word", "/v1/embeddings", {"input": words}, 200)
+    labels = [f"{i}{'a' * 9_990}" for i in range(399)]
+    ask: dict[str, Any] = {"texts": ["a"] * 256, "labels": labels}
+    yield _json("an answer of 1 GB", "/v1/classify", ask)
+    ask = {"texts": ["a"] * 256, "embedding_types": ["base64"] * 100_000}
+    yield _json("100,000 encodings of a vector", "/v2/embed", ask)
 
 
 def _addresses() -> Iterator[Hostile]:
@@ -279,6 +294,8 @@ def _forms() -> Iterator[Hostile]:
         + end,
         "1 MB before the first part (CVE-2026-40347)": b"\r\n" * 2**19 + label + end,
         "1 MB behind the last part (CVE-2026-40347)": label + end + b"\r\n" * 2**19,
+        "a file of 500,000 false boundaries": file % (b"a.png", b"\r\n--xA" * 500_000) + end,
+        "a head of 1 MB of spaces": b"--x\r\nA:" + b" " * 2**20 + b"b\r\n\r\n1\r\n" + end,
         "an unknown field": part % (b"__proto__", b"1") + end,
         "a text in the place of a file": part % (b"files", b"x") + label + end,
     }
@@ -302,6 +319,8 @@ def _names() -> Iterator[Hostile]:
     yield _json(
         "reload from a path", "/v1/models/tiny:reload", {"path": "/etc"}, 400, 403, 404, 422
     )
+    for path in ("/", "/health/live", "/docs", "/ui/app.js"):
+        yield Hostile(f"a body for {path}, which needs no key", path, b"{}", (413,))
     yield Hostile("a path of nobody", "/wp-admin/setup.php", b"", (404,), "GET")
     yield Hostile("a page beside the page", "/ui/../settings.py", b"", (404,), "GET")
     yield Hostile("a page that is a path", "/ui/..%2fsettings.py", b"", (404,), "GET")
@@ -313,6 +332,10 @@ def _large() -> Iterator[Hostile]:
     yield _json("40 MB of junk", "/v1/embeddings", junk)
     texts = ["word " * 20_000] * 200
     yield _json("20 MB of texts", "/v1/embeddings", {"input": texts})
+    values = b'{"vector": [' + b"1," * 1_500_000 + b"1]}"
+    yield _json("a vector of 1,500,000 numbers", "/v1/search", values)
+    fields = b'{"text": "a", "filter": {' + b'"a":1,' * 1_500_000 + b'"a":1}}'
+    yield _json("a filter of 1,500,000 fields", "/v1/search", fields)
     yield _json("70 MB", "/v1/embeddings", b" " * 70_000_000, 413)
 
 

@@ -1,10 +1,11 @@
-"""The lines of docs/api.md, run as they are shown, against a service on loopback."""
+"""The lines of docs/api.md and docs/service.md, run as shown, against services on loopback."""
 
+import contextlib
 import re
 import socket
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,18 @@ from served import fill
 from clipserve import checkpoint
 from clipserve.model import create
 from service.app import create_app
+from service.keys import add_key
 from service.registry import Registry
 from service.settings import load_settings
 
-PAGE = Path(__file__).parent.parent / "docs" / "api.md"
+DOCS = Path(__file__).parent.parent / "docs"
 TAGS = {"embeddings", "classify", "match", "search", "collections", "items", "jobs", "models"}
 TAGS |= {"health"}
 
 
-def shown_lines() -> list[str]:
+def shown_lines(page: str) -> list[str]:
     """Whole commands, in the order of the page."""
-    blocks = re.findall(r"```bash\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    blocks = re.findall(r"```bash\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
     lines: list[str] = []
     for line in "".join(blocks).splitlines():
         if line.startswith(" "):
@@ -36,6 +38,35 @@ def shown_lines() -> list[str]:
         else:
             lines.append(line)
     return lines
+
+
+@contextlib.contextmanager
+def running(registry: Registry) -> Iterator[tuple[str, Any]]:
+    """The address of a service, and its app."""
+    app = create_app(registry.settings, registry)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = uvicorn.Server(uvicorn.Config(app, log_config=None, ws="none"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        yield f"127.0.0.1:{listener.getsockname()[1]}", app
+        server.should_exit = True
+        thread.join()
+    registry.close()
+
+
+def run_line(line: str, address: str, folder: Path, before: Sequence[str] = ()) -> str:
+    """What it prints; a curl fails where the service refuses, and goes through no proxy."""
+    script = [
+        "set -e -o pipefail",
+        "curl() { command curl --fail-with-body -S --noproxy '*' \"$@\"; }",
+        *before,
+        line.replace("localhost:8000", address),
+    ]
+    done = subprocess.run(
+        ["bash", "-c", "\n".join(script)], cwd=folder, capture_output=True, text=True
+    )
+    assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
 
 
 @pytest.fixture
@@ -59,15 +90,8 @@ def service(tmp_path: Path) -> Iterator[tuple[str, Any]]:
     registry.load_model(models / "albef")
     fill(tmp_path / "collections" / "toys", served.model)
     registry.add_collection(tmp_path / "collections" / "toys")
-    app = create_app(settings, registry)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = uvicorn.Server(uvicorn.Config(app, log_config=None, ws="none"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        yield f"127.0.0.1:{listener.getsockname()[1]}", app
-        server.should_exit = True
-        thread.join()
-    registry.close()
+    with running(registry) as found:
+        yield found
 
 
 def test_every_line_works_and_every_route_has_one(service: tuple[str, Any], tmp_path: Path):
@@ -75,21 +99,12 @@ def test_every_line_works_and_every_route_has_one(service: tuple[str, Any], tmp_
     (tmp_path / "shoe.jpg").write_bytes(encode(make_picture(seed=1), "JPEG"))
     (tmp_path / "hat.png").write_bytes(encode(make_picture(seed=2)))
     variables: list[str] = []
-    for line in shown_lines():
-        # A curl that fails where the service refuses, and goes through no proxy.
-        script = [
-            "set -e -o pipefail",
-            "curl() { command curl --fail-with-body -S --noproxy '*' \"$@\"; }",
-        ]
-        script += [*variables, line.replace("localhost:8000", address)]
-        if line.startswith("JOB="):
-            script.append('echo "$JOB"')
-        done = subprocess.run(
-            ["bash", "-c", "\n".join(script)], cwd=tmp_path, capture_output=True, text=True
-        )
-        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
-        if line.startswith("JOB="):
-            variables = [f"JOB={done.stdout.strip()}"]
+    for line in shown_lines("api.md"):
+        is_variable = line.startswith("JOB=")
+        shown = f'{line}\necho "$JOB"' if is_variable else line
+        printed = run_line(shown, address, tmp_path, variables)
+        if is_variable:
+            variables = [f"JOB={printed.strip()}"]
             assert re.fullmatch(r"JOB=job-[0-9a-f]+", variables[0])
     asked = set(
         re.findall(
@@ -115,4 +130,25 @@ def test_every_line_works_and_every_route_has_one(service: tuple[str, Any], tmp_
 
 
 def test_there_are_lines_to_run() -> None:
-    assert sum("curl" in line for line in shown_lines()) > 30
+    assert sum("curl" in line for line in shown_lines("api.md")) > 30
+
+
+def test_what_the_services_page_asks_for_is_answered_with_a_key_and_without_keys(
+    model_dir: Path, tmp_path: Path
+) -> None:
+    """Its other lines are commands, which test_docs.py looks at."""
+    lines = [line for line in shown_lines("service.md") if line.startswith("curl")]
+    with_key = [line for line in lines if "$KEY" in line]
+    key = add_key(tmp_path / "keys", "someone", "read")
+    registry = Registry(load_settings(api_keys_file=tmp_path / "keys"))
+    registry.load_model(model_dir)
+    with running(registry) as (address, _):
+        assert [run_line(line, address, tmp_path, [f"KEY={key}"]) for line in with_key]
+    registry = Registry(load_settings())
+    registry.load_model(model_dir)
+    with running(registry) as (address, _):
+        for line in sorted(set(lines) - set(with_key)):
+            printed = run_line(line, address, tmp_path)
+            if "-D-" in line:
+                assert "x-request-id: order-17" in printed
+                assert "server-timing: total;dur=" in printed

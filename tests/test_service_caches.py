@@ -120,6 +120,31 @@ def test_when_all_are_gone_the_key_is_free():
     assert cache.ask(key(), never) is Turn.YOURS
 
 
+class Interrupted:
+    """A lock, between whose uses another thread may come; `call` is that thread, once."""
+
+    def __init__(self, call) -> None:
+        self._lock, self._call = threading.Lock(), call
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_) -> None:
+        self._lock.release()
+        call, self._call = self._call, lambda: None
+        call()
+
+
+def test_who_asks_while_the_last_one_leaves_is_not_told_that_it_left():
+    cache, turns = VectorCache(10_000), []
+    assert cache.ask(key(), never) is Turn.YOURS
+    cache._lock = Interrupted(lambda: turns.append(cache.ask(key(), never)))
+    cache.tell(key(), Abandoned("gone"))
+    assert turns == [Turn.YOURS]
+    cache.tell(key(), entry())
+    assert isinstance(cache.ask(key(), never), Entry)
+
+
 def test_no_bytes_is_no_cache():
     cache = VectorCache(0)
     fill(cache, key())

@@ -1,5 +1,6 @@
 """Cohere's /v2/embed and /v2/rerank."""
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 from toys import Toys, data_uri, from_b64, toys
+
+from service import replies
+from service.compat import cohere
+from service.routes.encodings import Encoding, encode
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +41,22 @@ def test_every_type_that_is_asked_for_is_answered(world: Toys):
     assert np.shape(found["ubinary"]) == (2, 2)
 
 
+def test_a_type_is_made_once_and_away_from_the_event_loop(
+    world: Toys, monkeypatch: pytest.MonkeyPatch
+):
+    made: list[tuple[str, str]] = []
+
+    def noted(rows: np.ndarray, kind: Encoding) -> list[Any]:
+        made.append((kind, threading.current_thread().name.partition("_")[0]))
+        return encode(rows, kind)
+
+    monkeypatch.setattr(cohere, "encode", noted)
+    monkeypatch.setattr(replies, "_SMALL", 0)
+    assert world.post("/v2/embed", texts=["a cat"], embedding_types=["int8"] * 6).status_code == 200
+    pool = world.registry.pool.submit(threading.current_thread).result().name
+    assert made == [("int8", pool.partition("_")[0])]
+
+
 def test_inputs_mix_texts_and_pictures(world: Toys):
     picture = {"type": "image_url", "image_url": {"url": data_uri(world.pictures[2])}}
     inputs = [{"content": [picture]}, {"content": [{"type": "text", "text": "a cat"}]}]
@@ -53,6 +74,7 @@ def test_inputs_mix_texts_and_pictures(world: Toys):
         ({"texts": ["a", " "]}, "texts[1]"),
         ({"texts": ["a"], "output_dimension": 8}, "output_dimension"),
         ({"texts": ["a"], "embedding_types": ["float16"]}, "embedding_types.0"),
+        ({"texts": ["a"], "embedding_types": ["float"] * 7}, "embedding_types"),
         ({"texts": ["a"], "truncate": "START"}, "truncate"),
         ({"texts": ["a", "long " * 50], "truncate": "NONE"}, "texts[1]"),
         ({"images": ["http://127.0.0.1/a.png"]}, "images[0]"),

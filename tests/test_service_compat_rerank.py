@@ -134,6 +134,26 @@ def test_it_compares_texts_with_texts_by_cosine(reader: TestClient):
     assert reader.post("/rerank", json=given).json()["score"] == "cosine"
 
 
+LONG = "a red cat " * 200
+
+
+def test_texts_that_did_not_fit_are_named(reader: TestClient, world: Toys):
+    body = world.post("/rerank", query=LONG, documents=["a cat", LONG]).json()
+    assert body["truncated"] == ["query", "documents[1]"]
+    picture = data_uri(world.pictures[0])
+    body = reader.post("/v1/rerank", json={"query": LONG, "documents": [picture] * 2}).json()
+    assert body["truncated"] == ["query"]
+    given = {"query": {"image": picture}, "documents": ["a cat", LONG]}
+    assert reader.post("/v2/rerank", json=given | {"query": "a cat"}).json()["truncated"] == [
+        "documents[1]"
+    ]
+    assert reader.post("/v1/rerank", json=given).json()["truncated"] == ["documents[1]"]
+    answer = world.post("/rerank", query="a cat", texts=["a cat", LONG])
+    assert answer.headers["x-clipserve-truncated"] == "texts[1]"
+    answer = world.post("/rerank", query="a cat", texts=["a cat"])
+    assert "x-clipserve-truncated" not in answer.headers
+
+
 def test_a_pair_that_cannot_be_read_is_named(reader: TestClient, world: Toys):
     documents = [data_uri(world.pictures[0]), data_uri(b"broken")]
     refused = reader.post("/rerank", json={"query": "a cat", "documents": documents})

@@ -20,6 +20,8 @@ def test_the_answer_is_a_bare_list_of_vectors(world: Toys):
     np.testing.assert_allclose(answer.json(), world.texts("a cat", "a dog"), atol=1e-5)
     assert answer.headers["x-clipserve-model"] == "tiny"
     assert np.shape(world.post("/embed", inputs="a cat").json()) == (1, 16)
+    cut = world.post("/embed", inputs=["a cat", "a dog " * 50])
+    assert cut.headers["x-clipserve-truncated"] == "inputs[1]"
 
 
 def test_pictures_are_inputs_too(world: Toys):

@@ -16,6 +16,7 @@ from conftest import encode, make_picture
 
 from service.errors import RequestError
 from service.fetch import Fetcher
+from service.inputs import Link, fetched
 from service.notes import start
 from service.settings import load_settings
 
@@ -308,6 +309,30 @@ def test_a_request_holds_what_is_fetched_for_it():
 
     server = Server({"/": answer(PICTURE)})
     assert run(server, scenario) == len(PICTURE)
+
+
+def test_one_request_has_four_fetches_at_once_and_leaves_the_rest_to_others():
+    asked: list[str] = []
+    go_on = asyncio.Event()
+
+    class Slow:
+        async def get(self, url: str, param: str) -> bytes:
+            asked.append(url)
+            await go_on.wait()
+            return PICTURE
+
+    async def scenario() -> None:
+        links = [Link(f"https://pictures.example/{i}", "input") for i in range(10)]
+        many = asyncio.ensure_future(fetched(links, Slow()))
+        one = asyncio.ensure_future(fetched(links[9:], Slow()))
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert [url[-1] for url in asked] == ["0", "1", "2", "3", "9"]
+        go_on.set()
+        pictures = await many + await one
+        assert [picture.read() for picture in pictures] == [PICTURE] * 11
+
+    asyncio.run(scenario())
 
 
 def test_names_are_resolved_by_threads_that_end_with_the_fetcher(monkeypatch):

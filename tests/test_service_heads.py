@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from clipserve.prompts import ClassHead
-from service.heads import HeadCache, digest
+from service.heads import Head, HeadCache, digest
 
 
 class Counts:
@@ -23,8 +23,8 @@ class Counts:
 PLENTY = 2**20
 
 
-def make_head(size: int, label: str = "x") -> ClassHead:
-    return ClassHead((label,) * size, np.ones((size, 2), np.float32), 1.0, None, None)
+def make_head(size: int, label: str = "x") -> Head:
+    return Head(ClassHead((label,) * size, np.ones((size, 2), np.float32), 1.0, None, None))
 
 
 def test_requests_for_the_same_head_share_one_build_and_keep_it():
@@ -33,7 +33,7 @@ def test_requests_for_the_same_head_share_one_build_and_keep_it():
     async def scenario() -> tuple[int, set[int]]:
         cache, builds = HeadCache(PLENTY, counts), []
 
-        async def build() -> ClassHead:
+        async def build() -> Head:
             builds.append(1)
             await asyncio.sleep(0)
             return make_head(3)
@@ -49,20 +49,20 @@ def test_requests_for_the_same_head_share_one_build_and_keep_it():
 
 
 def test_a_build_that_failed_is_tried_again():
-    async def scenario() -> ClassHead:
+    async def scenario() -> Head:
         cache = HeadCache(PLENTY, Counts())
 
-        async def fail() -> ClassHead:
+        async def fail() -> Head:
             raise RuntimeError("no")
 
-        async def build() -> ClassHead:
+        async def build() -> Head:
             return make_head(1)
 
         with pytest.raises(RuntimeError):
             await cache.get("key", fail)
         return await cache.get("key", build)
 
-    assert len(asyncio.run(scenario()).labels) == 1
+    assert len(asyncio.run(scenario()).classifier.labels) == 1
 
 
 def test_a_build_stops_when_the_last_who_waits_is_gone_and_not_before():
@@ -70,7 +70,7 @@ def test_a_build_stops_when_the_last_who_waits_is_gone_and_not_before():
         cache, log = HeadCache(PLENTY, Counts()), []
         never = asyncio.Event()
 
-        async def build() -> ClassHead:
+        async def build() -> Head:
             try:
                 await never.wait()
             finally:
@@ -95,7 +95,7 @@ def test_the_least_recently_used_head_goes_when_there_are_too_many_bytes():
         cache, built = HeadCache(600, Counts()), []  # two heads of four labels
 
         async def get(key: str) -> None:
-            async def build() -> ClassHead:
+            async def build() -> Head:
                 built.append(key)
                 return make_head(4)
 
@@ -112,7 +112,7 @@ def test_a_head_of_long_labels_counts_with_them():
     async def scenario(label: str) -> int:
         cache = HeadCache(5000, Counts())
 
-        async def build() -> ClassHead:
+        async def build() -> Head:
             return make_head(4, label)
 
         await cache.get("key", build)

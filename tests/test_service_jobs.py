@@ -214,13 +214,53 @@ def test_a_cancelled_job_stops_and_the_next_has_its_turn(own_world: World, tmp_p
     assert not (tmp_path / "jobs" / first).exists()
 
 
-def test_requests_go_before_a_job(own_world: World):
+@pytest.fixture
+def queued(own_world: World, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """What comes to the queue: `puts` counts, `priorities` says how."""
+    batcher = own_world.registry.models["tiny"].pipeline.batcher
+    seen = SimpleNamespace(puts=threading.Semaphore(0), priorities=[])
+    put = batcher.put
+
+    def noticed(*arguments: Any) -> None:
+        put(*arguments)
+        seen.priorities.append(arguments[3])
+        seen.puts.release()
+
+    monkeypatch.setattr(batcher, "put", noticed)
+    return seen
+
+
+def test_requests_go_before_a_job(own_world: World, queued: SimpleNamespace):
+    sizes: list[int] = []
+    own_world.model.network.transformer.register_forward_pre_hook(
+        lambda _, given: sizes.append(len(given[0]))
+    )
+    asked = {"args": ("/v1/embeddings",), "kwargs": {"input": "a cat"}}
     with held_model(own_world) as model:
         own_world.post("/v1/jobs", collection="toys", items=texts(150))
         assert model.reached.wait(30)
-    assert own_world.post("/v1/embeddings", input="a cat").status_code == 200
+        request = threading.Thread(target=own_world.post, **asked)
+        request.start()
+        for _ in range(3):  # two batches of the job and the request
+            assert queued.puts.acquire(timeout=30)
+    request.join(30)
     finish(own_world)
+    assert sizes[:2] == [64, 1]
     assert own_world.get("/v1/collections/toys").json()["count"] == COUNT + 150
+
+
+@pytest.mark.parametrize("priority", ["bulk", "interactive"])
+def test_a_jobs_items_and_those_of_a_request_that_says_so_are_bulk(
+    own_world: World, queued: SimpleNamespace, priority: str
+):
+    own_world.post("/v1/embeddings", input="a cat", priority=priority)
+    picture = {"image": b64(own_world.pictures[0])}
+    own_world.post("/v1/embeddings", input=[picture], priority=priority)
+    assert queued.priorities == [priority] * 2
+    items = [{"id": "a", "text": "x"}, {"id": "b", **picture}]
+    own_world.post("/v1/jobs", collection="toys", items=items)
+    finish(own_world)
+    assert queued.priorities[2:] == ["bulk"] * 2
 
 
 def test_a_job_waits_while_the_queue_is_full(own_world: World, monkeypatch: pytest.MonkeyPatch):

@@ -9,6 +9,7 @@ from typing import Any
 
 import orjson
 import pytest
+from starlette.responses import PlainTextResponse
 
 from service.errors import BodyTooLarge, error_response
 from service.limits import Load, RequestLimits
@@ -267,3 +268,102 @@ def test_too_many_requests_or_bytes_get_429_but_health_answers():
         return statuses
 
     assert asyncio.run(scenario()) == [429, 429, 200, 200, 200, 200]
+
+
+@pytest.mark.parametrize("headers", [{"Content-Length": "9"}, {"Transfer-Encoding": "chunked"}])
+@pytest.mark.parametrize("path", ["/", "/health/live", "/docs", "/ui/app.js"])
+def test_what_needs_no_key_waits_for_no_body(path: str, headers: dict[str, str]):
+    limits = RequestLimits(echo_size, Settings())
+    status, body, left = asyncio.run(_call(limits, [chunk(1), NEVER], headers, path))
+    assert (status, code(body), len(left)) == (413, "body_too_large", 2)
+
+
+def test_what_needs_no_key_takes_nobodys_place():
+    async def scenario() -> tuple:
+        release = asyncio.Event()
+
+        async def wait(scope, receive, send) -> None:
+            await release.wait()
+            await send_bytes(200_000)(scope, receive, send)
+
+        settings = Settings(max_requests=1, max_inflight_bytes=1_000_000)
+        load = Load(settings)
+        limits = RequestLimits(wait, settings, load)
+        calls = [_call(limits, [chunk(0, more=False)], path="/docs") for _ in range(9)]
+        calls.append(_call(limits, [chunk(0, more=False)]))
+        running = [asyncio.ensure_future(one) for one in calls]
+        await asyncio.sleep(0)
+        held = load.requests, load.bytes
+        release.set()
+        return held, {(await one)[0] for one in running}
+
+    assert asyncio.run(scenario()) == ((1, 0), {200})
+
+
+def send_bytes(size: int) -> Callable:
+    """An app whose answer has so many different bytes."""
+
+    async def app(scope, receive, send) -> None:
+        await PlainTextResponse(letters(size))(scope, receive, send)
+
+    return app
+
+
+def letters(size: int) -> bytes:
+    return bytes(range(97, 122)) * (size // 25 + 1)
+
+
+class SlowReader:
+    """A connection over which an answer goes a message at a time."""
+
+    def __init__(self, limits: RequestLimits) -> None:
+        self.sent: Messages = []
+        self._may_send = asyncio.Semaphore(0)
+        self._body = [chunk(0, more=False)]
+        scope = {"type": "http", "method": "GET", "path": "/v1/models", "headers": []}
+        self.served = asyncio.ensure_future(limits(scope, self._receive, self._send))
+
+    async def read(self) -> None:
+        """Until one message more has arrived, or there is none."""
+        count = len(self.sent)
+        self._may_send.release()
+        while len(self.sent) == count and not self.served.done():
+            await asyncio.sleep(0)
+
+    async def _receive(self) -> dict:
+        if not self._body:
+            await asyncio.Event().wait()
+        return self._body.pop()
+
+    async def _send(self, message: dict) -> None:
+        await self._may_send.acquire()
+        self.sent.append(message)
+
+
+def test_a_large_answer_keeps_its_place_until_it_is_read():
+    async def scenario() -> tuple:
+        settings = Settings(max_inflight_bytes=250_000)
+        load = Load(settings)
+        limits = RequestLimits(send_bytes(200_000), settings, load)
+        reader = SlowReader(limits)
+        held = []
+        while not reader.served.done():
+            await reader.read()
+            held.append((load.requests, load.bytes))
+            if len(held) == 2:
+                refused = await _call(limits, [chunk(0, more=False)])
+        return reader.sent, held, refused, (load.requests, load.bytes)
+
+    sent, held, (status, body, _), left = asyncio.run(scenario())
+    assert b"".join(message.get("body", b"") for message in sent) == letters(200_000)
+    assert max(len(message.get("body", b"")) for message in sent) <= 64 * 2**10
+    assert [message.get("more_body", False) for message in sent[1:]] == [True] * 4 + [False]
+    assert held[:5] == [(1, len(letters(200_000)))] * 5
+    assert (status, code(body)) == (429, "overloaded")
+    assert left == (0, 0)
+
+
+def test_a_small_answer_needs_no_room():
+    settings = {"max_inflight_bytes": 1}
+    assert call(send_bytes(50_000), [chunk(0, more=False)], **settings)[0] == 200
+    assert call(send_bytes(70_000), [chunk(0, more=False)], **settings)[0] == 429

@@ -6,7 +6,6 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +14,14 @@ from albefs import tiny_albef
 from conftest import encode, make_picture
 
 import clipserve
+from clipserve.decoding import decode
 from clipserve.model import Model
+from clipserve.text import Tokenizer, Tokens
 from service.caches import Caches
 from service.errors import ImageError, ModelFailed, Overloaded
 from service.inputs import Picture, Text
-from service.pipeline import Pipeline
+from service.pipeline import Embedded, Pipeline
+from service.pool import Pool
 from service.settings import load_settings
 
 WAIT_S = 10
@@ -56,9 +58,10 @@ def model(model_dir: Path) -> Model:
 
 
 @pytest.fixture
-def pool() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(2) as made:
-        yield made
+def pool() -> Iterator[Pool]:
+    made = Pool(2, "decode", 60)
+    yield made
+    made.close()
 
 
 @pytest.fixture
@@ -67,7 +70,7 @@ def observer() -> FakeObserver:
 
 
 @pytest.fixture
-def pipeline(model: Model, pool: ThreadPoolExecutor, observer: FakeObserver) -> Iterator[Pipeline]:
+def pipeline(model: Model, pool: Pool, observer: FakeObserver) -> Iterator[Pipeline]:
     settings = load_settings(max_queue_items=20, max_items=20, max_text_batch=8)
     made = Pipeline(model, settings, pool, observer, "tiny", Caches(10**6, 10**6))
     yield made
@@ -113,6 +116,54 @@ def test_pictures_and_texts_get_the_models_own_vectors_in_order(pipeline, model)
     np.testing.assert_allclose(answer.rows(), want, atol=1e-5)
     assert answer.num_tokens == [4, 0, 16]
     assert answer.truncated == [False, False, True]
+
+
+def test_long_texts_of_one_request_let_those_of_others_pass(pipeline, model, monkeypatch):
+    order: list[list[str]] = []
+    go_on, tokenise = threading.Event(), Tokenizer.__call__
+
+    def slow(self: Tokenizer, texts: list[str]) -> Tokens:
+        order.append(texts)
+        assert go_on.wait(WAIT_S)
+        return tokenise(self, texts)
+
+    async def scenario() -> list[Embedded]:
+        many = asyncio.ensure_future(pipeline.embed([Text(text) for text in texts]))
+        one = asyncio.ensure_future(pipeline.embed([Text("a cat")]))
+        await until(lambda: pipeline.batcher.open_items == 18)
+        go_on.set()
+        return [await many, await one]
+
+    monkeypatch.setattr("service.pipeline._TURN_S", 0)
+    monkeypatch.setattr(Tokenizer, "__call__", slow)
+    texts = [f"text {i}" for i in range(17)]
+    many, one = asyncio.run(scenario())
+    assert order == [texts[:8], ["a cat"], texts[8:16], texts[16:]]
+    np.testing.assert_allclose(many.rows(), model.embed_texts(texts), atol=1e-5)
+    np.testing.assert_allclose(one.rows(), model.embed_texts(["a cat"]), atol=1e-5)
+
+
+def test_texts_whose_client_left_are_tokenised_no_further(pipeline, monkeypatch):
+    begun, go_on, tokenise = threading.Event(), threading.Event(), Tokenizer.__call__
+    seen: list[str] = []
+
+    def slow(self: Tokenizer, texts: list[str]) -> Tokens:
+        seen.extend(texts)
+        begun.set()
+        assert go_on.wait(WAIT_S)
+        return tokenise(self, texts)
+
+    async def scenario() -> None:
+        task = asyncio.ensure_future(pipeline.embed([Text(f"text {i}") for i in range(17)]))
+        await asyncio.to_thread(begun.wait, WAIT_S)
+        task.cancel()
+        await asyncio.wait({task})
+
+    monkeypatch.setattr(Tokenizer, "__call__", slow)
+    asyncio.run(scenario())
+    go_on.set()
+    embed(pipeline, Text("a cat"))  # behind them
+    assert seen == [*(f"text {i}" for i in range(8)), "a cat"]
 
 
 def test_a_picture_that_cannot_be_read_fails_alone(pipeline):
@@ -237,6 +288,19 @@ def test_cancelling_frees_the_slots_and_drops_the_work(pipeline, observer):
     assert [size for kind, size in observer.sizes if kind == "text"] == [1]  # x, once
 
 
+def test_texts_that_are_kept_are_answered_though_the_queue_is_full(pipeline):
+    kept = embed(pipeline, Text("a cat"), Text("a dog")).rows()
+    full = pipeline.batcher.admit(20)
+    np.testing.assert_array_equal(embed(pipeline, Text("a cat"), Text("a dog")).rows(), kept)
+    for other in (Text("a bird"), picture(1)):
+        with pytest.raises(Overloaded):
+            embed(pipeline, Text("a cat"), other)
+    with pytest.raises(Overloaded):
+        embed(pipeline, Text("a cat"), priority="bulk")
+    pipeline.batcher.abandon(full)
+    assert pipeline.batcher.open_items == 0
+
+
 def test_padding_of_texts_is_told(pipeline, observer):
     embed(pipeline, Text("a"), Text("a b c d e"), priority="bulk")
     assert observer.paddings == [pytest.approx(1 - (3 + 7) / 14)]
@@ -261,8 +325,9 @@ def test_pairs_are_matched_as_the_model_matches_them(tmp_path, pool, observer):
     pairs = [(Picture(encode(i)), Text(t)) for i, t in zip(images, texts, strict=True)]
     pairs.append((Picture(b"no"), Text("a dog")))
     found = asyncio.run(pipeline.match(pairs))
-    np.testing.assert_allclose(found[:5], albef.match(images, texts), atol=1e-5)
-    assert isinstance(found[5], ImageError)
+    want = albef.match(images, texts)
+    np.testing.assert_allclose(found.probabilities[:5], want, atol=1e-5)
+    assert isinstance(found.probabilities[5], ImageError)
     assert [kind for kind, _ in observer.sizes] == ["match"] * len(observer.sizes)
     assert observer.count["decode match"] == 2  # each picture once
     pipeline.close()
@@ -307,4 +372,52 @@ def test_killing_the_models_thread_costs_one_request(pipeline, observer):
         asyncio.run(pipeline.run(die))
     assert embed(pipeline, Text("a cat")).rows().shape == (1, 16)
     assert observer.count["restart"] == 1
-    assert pipeline.batcher.is_serving
+
+
+def test_a_later_picture_is_decoded_before_a_jobs_and_beside_a_long_requests(
+    model, observer, monkeypatch
+):
+    decoders = Pool(1, "decode", 60)
+    settings = load_settings(max_image_batch=1)
+    pipeline = Pipeline(model, settings, decoders, observer, "tiny", Caches(0, 0))
+    contents = {name: encode(make_picture(seed=i)) for i, name in enumerate(["bulk", "long", "x"])}
+    names, order = {data: name for name, data in contents.items()}, []
+
+    def noticed(data, *arguments):
+        order.append(names[data])
+        return decode(data, *arguments)
+
+    monkeypatch.setattr("service.pipeline.decode", noticed)
+
+    async def scenario():
+        entered, opened = threading.Event(), threading.Event()
+
+        def wait() -> None:
+            entered.set()
+            opened.wait(WAIT_S)
+
+        decoders.submit(pipeline.batcher.admit(1), [0], wait)
+        assert entered.wait(WAIT_S)
+        asked = (("bulk", 3, "bulk"), ("long", 3, "interactive"), ("x", 1, "interactive"))
+        tasks = [
+            asyncio.ensure_future(
+                pipeline.embed([Picture(contents[name])] * size, priority=priority)
+            )
+            for name, size, priority in asked
+        ]
+        await until(lambda: pipeline.batcher.open_items == 8)
+        opened.set()
+        await asyncio.gather(*tasks)
+
+    asyncio.run(scenario())
+    assert order == ["long", "x", "long", "long", "bulk", "bulk", "bulk"]
+    decoders.close()
+    pipeline.close()
+
+
+def test_texts_that_do_not_fit_are_told_of_pairs_too(tmp_path, pool, observer):
+    albef = tiny_albef(tmp_path)
+    pipeline = Pipeline(albef, load_settings(), pool, observer, "albef")
+    pairs = [(picture(1), Text("a red cat")), (picture(1), Text("a dog " * 200))]
+    assert asyncio.run(pipeline.match(pairs)).truncated == [False, True]
+    pipeline.close()

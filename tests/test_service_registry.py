@@ -154,7 +154,7 @@ def test_a_dropped_collection_is_gone_and_its_name_free(rooted, tmp_path):
             return served.collection.count()
 
         served = rooted.collection("toys")
-        running = asyncio.ensure_future(rooted.in_store(search))
+        running = asyncio.ensure_future(rooted.in_store(served, search))
         await asyncio.to_thread(entered.wait, 10)
         dropping = asyncio.ensure_future(rooted.drop_collection("toys"))
         await asyncio.sleep(0)
@@ -230,7 +230,8 @@ def test_an_albef_matches_and_orders_hits_anew_on_its_own_thread(registry, tmp_p
         )
 
     matches, reranked = asyncio.run(scenario())
-    np.testing.assert_allclose(matches, served.model.match(pictures, ["a red cat"] * 4), atol=1e-5)
+    want = served.model.match(pictures, ["a red cat"] * 4)
+    np.testing.assert_allclose(matches.probabilities, want, atol=1e-5)
     want = rerank(served.model, ["a red cat"], hits, found.collection, score="matching")
     assert [hit.id for hit in reranked.hits[0]] == [hit.id for hit in want.hits[0]]
 
@@ -266,10 +267,10 @@ def test_who_comes_too_late_to_a_dropped_collection_is_told_so(rooted):
         dropping = asyncio.ensure_future(rooted.drop_collection("toys"))
         await asyncio.sleep(0)
         late = [
-            rooted.in_store(served.collection.count),
-            rooted.in_store(served.searcher.search, np.ones((1, 16)), 1),
-            rooted.in_store(served.searcher_of, "text"),
-            rooted.in_store(served.collection.upsert, [Item("a")], np.ones((1, 16)) / 4),
+            rooted.in_store(served, served.collection.count),
+            rooted.in_store(served, served.searcher.search, np.ones((1, 16)), 1),
+            rooted.in_store(served, served.searcher_of, "text"),
+            rooted.in_store(served, served.collection.upsert, [Item("a")], np.ones((1, 16)) / 4),
         ]
         found = await asyncio.gather(*late, return_exceptions=True)
         await dropping
@@ -281,28 +282,47 @@ def test_who_comes_too_late_to_a_dropped_collection_is_told_so(rooted):
         assert error_fields(refused)["message"] == "the collection was dropped"
 
 
-def test_nobody_begins_to_use_a_collection_while_it_is_closed(rooted, monkeypatch):
-    served = asyncio.run(rooted.create_collection("toys", None))
-    used = []
+def test_dropping_a_collection_holds_up_no_other_and_lets_nobody_in(rooted):
+    dropped = asyncio.run(rooted.create_collection("toys", None))
+    other = asyncio.run(rooted.create_collection("others", None))
 
     async def scenario() -> None:
-        loop, closing, go_on = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
+        entered, go_on = threading.Event(), threading.Event()
 
-        def close() -> None:
-            loop.call_soon_threadsafe(closing.set)
+        def search() -> int:
+            entered.set()
             assert go_on.wait(10)
-            used.append("closed")
+            return dropped.collection.count()
 
-        monkeypatch.setattr(served, "close", close)
+        running = asyncio.ensure_future(rooted.in_store(dropped, search))
+        await asyncio.to_thread(entered.wait, 10)
         dropping = asyncio.ensure_future(rooted.drop_collection("toys"))
-        await closing.wait()
-        late = asyncio.ensure_future(rooted.in_store(used.append, "used"))
         await asyncio.sleep(0)
-        assert not rooted._in_store
+        async with asyncio.timeout(10):
+            assert await rooted.in_store(other, other.collection.count) == 0
+            with pytest.raises(CollectionClosed):
+                await rooted.in_store(dropped, dropped.collection.count)
         go_on.set()
-        await asyncio.gather(dropping, late)
+        assert await running == 0
+        await dropping
 
     asyncio.run(scenario())
-    assert used == ["closed", "used"]
-    monkeypatch.undo()
-    served.close()
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_collection_made_during_a_reload_says_whether_its_model_stayed(
+    rooted, monkeypatch, model_dir, architecture, tmp_path, same
+):
+    checkpoint.save(create(architecture), tmp_path / "new", name="tiny")
+    old, make = rooted.model("tiny"), rooted._make
+    new = rooted.prepare(load(model_dir if same else tmp_path / "new"), "tiny", None)
+
+    def reloaded_meanwhile(*arguments):
+        rooted.models["tiny"] = new
+        return make(*arguments)
+
+    monkeypatch.setattr(rooted, "_make", reloaded_meanwhile)
+    served = asyncio.run(rooted.create_collection("toys", "tiny"))
+    assert served.stale is not same
+    assert served.model is (new if same else old)
+    old.pipeline.close()

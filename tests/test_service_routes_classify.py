@@ -11,6 +11,9 @@ from served import LABELS, World, b64, check_refusal, error, serving
 
 from clipserve import checkpoint
 from clipserve.model import create
+from service.errors import RequestError
+from service.inputs import Text
+from service.routes import classify
 from service.settings import load_settings
 
 
@@ -75,6 +78,14 @@ def test_texts_are_classified_like_pictures(world: World):
         assert top["label_index"] == row.argmax()
         assert top["probability"] == pytest.approx(row.max(), abs=1e-5)
     assert [result["truncated"] for result in body["results"]] == [False, True]
+
+
+def test_labels_that_do_not_fit_are_told_also_from_the_cache(world: World):
+    labels = ["cat", "a dog " * 20, "red heart"]
+    for _ in range(2):
+        body = world.post("/v1/classify", texts=["a cat"], labels=labels, templates="simple").json()
+        assert body["truncated_labels"] == [1]
+    assert world.post("/v1/classify", texts=["a"], labels=LABELS).json()["truncated_labels"] == []
 
 
 def test_temperature_divides_the_logits(world: World):
@@ -212,6 +223,22 @@ def test_template_sets_are_listed(world: World):
 def test_a_wrong_classification_says_what_is_wrong(world: World, change, status, word):
     body = {"images": [b64(world.pictures[0])], "labels": ["a"]} | change
     check_refusal(world.client.post("/v1/classify", json=body), status, word)
+
+
+def test_an_answer_that_would_repeat_long_labels_too_often_is_refused(world: World):
+    ask = {"texts": ["a"] * 256, "labels": [f"{'b' * 9_000}{i}" for i in range(30)]}
+    refused = world.post("/v1/classify", **ask)
+    check_refusal(refused, 400, "set top_k")
+    assert (error(refused)["code"], error(refused)["param"]) == ("answer_too_large", "top_k")
+    assert len(world.post("/v1/classify", **ask, top_k=1).json()["results"]) == 256
+
+
+def test_as_many_items_and_labels_as_one_request_may_have_are_answered():
+    labels = [f"a label of twenty {i:02}" for i in range(2000)]
+    items = classify._Items("texts", [Text("a")] * 256)
+    classify._check_answer(tuple(labels), len(labels), items)
+    with pytest.raises(RequestError):
+        classify._check_answer(("\1" * 50_000, *labels), 10, items)
 
 
 def test_the_lowest_temperature_still_has_probabilities(world: World):

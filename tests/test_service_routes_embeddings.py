@@ -248,6 +248,7 @@ def test_a_url_is_followed_where_fetching_is_on(own_world: World):
         ({"input": ""}, 400, "empty"),
         ({"input": ["x"] * 2049}, 400, "at most 256"),
         ({"input": "x", "dimensions": 8}, 400, "16"),
+        ({"input": "x", "normalized": False}, 400, "unit length"),
         ({"input": "x", "model": "gpt-4"}, 404, "served here: tiny"),
         ({"input": "x", "modality": "audio"}, 422, "modality"),
         ({"input": "x", "priority": "urgent"}, 422, "priority"),

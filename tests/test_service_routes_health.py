@@ -1,13 +1,19 @@
 """Probes, and that the whole app has its keys, origins and phases where they belong."""
 
+import asyncio
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from served import fill
 from starlette.testclient import TestClient
 
 import clipserve
+from clipserve import checkpoint
+from clipserve.model import create
 from service.app import create_app
 from service.drain import Lifecycle
 from service.errors import ModelFailed
@@ -75,6 +81,45 @@ def test_ready_asks_the_model_but_once_a_second(registry: Registry, monkeypatch)
         assert client.get("/health/live").status_code == 200
     assert statuses == [200, 200, 200, 503]
     assert len(asked) == 2
+
+
+@pytest.mark.parametrize("stage", ["decode", "tokenize"])
+def test_a_hung_decoder_or_tokenizer_is_not_ready_until_it_is_replaced(
+    model_dir: Path, monkeypatch, stage: str
+):
+    registry = Registry(load_settings(ready_timeout_s=0.5, decode_threads=1, max_batch_s=60))
+    served = registry.add_model(clipserve.load(model_dir, device="cpu", dtype="fp32"))
+    pool = registry.decoders if stage == "decode" else served.pipeline._tokenizer_thread
+    go_on = threading.Event()
+    hung = served.pipeline.batcher.admit(1)
+    pool.submit(hung, [0], lambda: go_on.wait(60) and None)
+    monkeypatch.setattr(health, "_FRESH_S", 0.0)
+    with client_of(registry) as client:
+        assert client.get("/health/ready").status_code == 503
+        assert client.get("/health/live").status_code == 200
+        monkeypatch.setattr(pool, "_clock", lambda: time.monotonic() + 60)
+        pool.inspect()
+        assert isinstance(hung.results[0], ModelFailed)
+        monkeypatch.setattr(pool, "_clock", time.monotonic)
+        registry.settings = load_settings(ready_timeout_s=30)
+        assert client.get("/health/ready").status_code == 200
+    go_on.set()
+    registry.close()
+
+
+def test_a_model_that_only_a_collection_is_searched_with_is_asked_too(
+    registry: Registry, model_dir: Path, architecture: dict[str, object], tmp_path: Path
+):
+    old = registry.model("tiny")
+    fill(tmp_path / "toys", old.model)
+    registry.add_collection(tmp_path / "toys")
+    checkpoint.save(create(architecture), tmp_path / "new", name="tiny")
+    asyncio.run(registry.reload("tiny", tmp_path / "new"))
+    with client_of(registry) as client:
+        assert client.get("/health/ready").status_code == 200
+    old.pipeline.close()
+    with client_of(registry) as client:
+        assert client.get("/health/ready").status_code == 503
 
 
 def test_with_keys_only_probes_and_the_page_are_open(registry: Registry, tmp_path: Path):

@@ -54,6 +54,12 @@ def test_a_pair_that_cannot_be_read_has_an_error(albef_world: World):
     assert (failed.status_code, error(failed)["param"]) == (422, "images[0]")
 
 
+def test_a_text_that_does_not_fit_is_told_with_its_pair(albef_world: World):
+    texts = ["a red cat", "a red cat " * 200]
+    body = albef_world.post("/v1/match", images=[b64(albef_world.pictures[0])], texts=texts).json()
+    assert [one["truncated"] for one in body["results"]] == [False, True]
+
+
 def test_a_model_that_only_compares_vectors_says_so(world: World):
     response = world.post("/v1/match", images=[b64(world.pictures[0])], texts=["a cat"])
     assert (response.status_code, error(response)["code"]) == (400, "no_matching")

@@ -185,6 +185,14 @@ def test_a_body_of_lists_and_objects_alone_is_not_read(world: World, monkeypatch
     assert "more than 100 lists and objects" in error(answer)["message"]
 
 
+def test_a_body_of_very_many_values_is_not_read(world: World, monkeypatch):
+    monkeypatch.setattr(bodies, "_MAX_VALUES", 100)
+    for body in ({"vector": [0.1] * 102}, {"filter": {f"f{i}": 0 for i in range(102)}}):
+        answer = world.client.post("/v1/search", json=body)
+        assert (answer.status_code, error(answer)["code"]) == (422, "too_many_items")
+        assert "more than 100 values" in error(answer)["message"]
+
+
 @pytest.mark.parametrize("body", ["[]", "1", '{"batch": [0]}'])
 def test_what_is_no_object_is_told_by_its_place_alone(world: World, body: str):
     headers = {"Content-Type": "application/json"}

@@ -10,13 +10,19 @@ from dataclasses import dataclass, field
 import httpx
 import pytest
 from fastapi import FastAPI
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from clipserve.errors import ConfigError
 from service.drain import Gate, Lifecycle
+from service.limits import RequestLimits
 from service.server import Server, listen
 from service.settings import Settings, load_settings
 
 WAIT_S = 20
+LARGE = 2**25
+"""bytes, more than the kernel keeps for a connection"""
 
 
 @dataclass
@@ -28,6 +34,8 @@ class Running:
     may_answer: threading.Event = field(default_factory=threading.Event)
     asked: threading.Event = field(default_factory=threading.Event)
     ready: threading.Event = field(default_factory=threading.Event)
+    ended: threading.Event = field(default_factory=threading.Event)
+    """a large answer has gone out, or nowhere"""
     failure: Exception | None = None
 
     def start(self) -> None:
@@ -58,6 +66,13 @@ class Running:
         async def quick() -> str:
             return "done"
 
+        async def large(scope: Scope, receive: Receive, send: Send) -> None:
+            try:
+                await Response(bytes(LARGE))(scope, receive, send)
+            finally:
+                self.ended.set()
+
+        app.router.routes.append(Route("/v1/large", RequestLimits(large, self.settings)))
         app.add_middleware(Gate, lifecycle=lifecycle)
         return app
 
@@ -190,6 +205,20 @@ def test_a_body_that_goes_on_after_the_answer_is_cut_off(running: Running):
         connection.sendall(b"GET /v1/quick HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\nx")
         assert b"200 OK" in connection.recv(1000)
         assert is_closed(connection)
+
+
+@pytest.mark.parametrize("running", [{"body_timeout_s": 0.1}], indirect=True)
+def test_an_answer_that_nobody_reads_is_given_up(running: Running):
+    with serving(running), running.connect() as connection:
+        connection.sendall(b"GET /v1/large HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert running.ended.wait(WAIT_S)
+        assert is_closed(connection)
+
+
+def test_a_large_answer_arrives_whole(running: Running):
+    with serving(running) as client:
+        assert client.get("/v1/large").content == bytes(LARGE)
+        assert client.get("/v1/quick").status_code == 200
 
 
 @pytest.mark.parametrize("running", [{"body_timeout_s": 0.1}], indirect=True)

@@ -60,8 +60,8 @@ async def knn_service(request: Request, registry: ServedRegistry) -> Response:
     body = await parse_json(request, KnnRequest, await request.body())  # ClipClient names no type
     served = registry.collection(body.indice_name)
     vector = await _embed(registry, served, body)
-    hits, items, pictures = await registry.in_store(_search, served, body, vector)
-    generation = await registry.in_store(served.collection.generation)
+    hits, items, pictures = await registry.in_store(served, _search, served, body, vector)
+    generation = await registry.in_store(served, served.collection.generation)
     content = []
     for hit in hits:
         found: dict[str, Any] = {}
@@ -86,8 +86,8 @@ async def metadata(request: Request, registry: ServedRegistry) -> Response:
     body = await parse_json(request, MetadataRequest, await request.body())
     served = registry.collection(body.indice_name)
     check_count(len(body.ids), K_MAX, "ids")
-    items = await registry.in_store(served.collection.get, body.ids)
-    generation = await registry.in_store(served.collection.generation)
+    items = await registry.in_store(served, served.collection.get, body.ids)
+    generation = await registry.in_store(served, served.collection.generation)
     content = [
         {
             "id": id,

@@ -13,23 +13,18 @@ from starlette.responses import Response
 
 from service.bodies import read_json
 from service.compat.rerank import rank
-from service.compat.vectors import (
-    Lenient,
-    check_dimensions,
-    check_whole,
-    docs,
-    embed,
-    places_of,
-)
+from service.compat.vectors import Lenient, check_whole, docs, embed, places_of
 from service.errors import RequestError
 from service.inputs import Input, parse_input_of
-from service.replies import reply
+from service.replies import reply, written
 from service.routes.embeddings import part_of
-from service.routes.encodings import Encoding, encode
+from service.routes.encodings import ENCODINGS, Encoding, encode
 from service.routes.state import ServedRegistry
 from service.schemas import Values
 
 router = APIRouter(tags=["compatibility"])
+
+_Encodings = Annotated[list[Encoding], Field(max_length=len(ENCODINGS), fail_fast=True)]
 
 
 class CohereEmbedRequest(Lenient):
@@ -45,7 +40,7 @@ class CohereEmbedRequest(Lenient):
     ] = None
     """each {"content": [part]}; a part is {"type": "text", "text": ...} or {"type": "image_url",
     "image_url": {"url": data URI}}"""
-    embedding_types: Values[Encoding] | None = None
+    embedding_types: _Encodings | None = None
     """float when left out"""
     output_dimension: int | None = None
     """must be the model's own number, if given"""
@@ -68,22 +63,27 @@ async def embed_v2(request: Request, registry: ServedRegistry) -> Response:
     """Vectors by the types asked for; `truncated` counts the texts that were cut."""
     body = await read_json(request, CohereEmbedRequest)
     served = registry.model(body.model)
-    check_dimensions(body.output_dimension, served, "output_dimension")
+    served.check_dimensions(body.output_dimension, "output_dimension")
     settings = registry.settings
     inputs, places = _parse(body, settings.max_items, settings.max_text_chars)
     answer = await embed(registry, served, inputs, places)
     if body.truncate == "NONE":
         check_whole(answer, places)
     rows = answer.rows()
-    content = {
-        "id": uuid.uuid4().hex,
-        "response_type": "embeddings_by_type",
-        "embeddings": {kind: encode(rows, kind) for kind in body.embedding_types or ["float"]},
-        "texts": body.texts or [],
-        "truncated": sum(answer.truncated),
-        "meta": _meta(sum(answer.num_tokens)),
-    }
-    return reply(content, served)
+    kinds: list[Encoding] = list(dict.fromkeys(body.embedding_types or ["float"]))
+
+    def write() -> Response:
+        content = {
+            "id": uuid.uuid4().hex,
+            "response_type": "embeddings_by_type",
+            "embeddings": {kind: encode(rows, kind) for kind in kinds},
+            "texts": body.texts or [],
+            "truncated": sum(answer.truncated),
+            "meta": _meta(sum(answer.num_tokens)),
+        }
+        return reply(content, served)
+
+    return await written(registry.pool, rows.size * len(kinds), write)
 
 
 @router.post("/v2/rerank", openapi_extra=docs(CohereRerankRequest))
@@ -98,6 +98,7 @@ async def rerank_v2(request: Request, registry: ServedRegistry) -> Response:
             {"index": index, "relevance_score": score} for index, score in ranked.best(body.top_n)
         ],
         "score": ranked.kind,
+        "truncated": ranked.truncated,
         "meta": _meta(ranked.num_tokens),
     }
     return reply(content, served)

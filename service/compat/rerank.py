@@ -16,7 +16,7 @@ from pydantic import Field
 from starlette.responses import Response
 
 from service.bodies import read_json
-from service.compat.vectors import Lenient, docs, embed, places_of, reply_bare
+from service.compat.vectors import Lenient, cut_places, docs, embed, places_of, reply_bare
 from service.errors import RequestError, at
 from service.inputs import Input, Picture, fetched, parse_input
 from service.registry import Registry, ServedModel
@@ -57,6 +57,8 @@ class Ranked:
     scores: np.ndarray
     kind: Literal["cosine", "matching"]
     num_tokens: int
+    truncated: list[str]
+    """places in the request of texts that did not fit into the model's context"""
 
     def best(self, top_n: int | None = None) -> list[tuple[int, float]]:
         """Indexes and scores, best first, equal ones in the order given."""
@@ -92,11 +94,11 @@ async def rank(
         for value, place in zip([query, *documents], places, strict=True)
     ]
     if served.model.has_fusion and _are_pairs(given):
-        scores = await _match(registry, served, given, places)
-        return Ranked(scores, "matching", 0)
+        return await _match(registry, served, given, places)
     answer = await embed(registry, served, given, places)
     rows = answer.rows()
-    return Ranked(rows[1:] @ rows[0], "cosine", sum(answer.num_tokens))
+    cut = cut_places(answer.truncated, places)
+    return Ranked(rows[1:] @ rows[0], "cosine", sum(answer.num_tokens), cut)
 
 
 def parse_document(value: Any, place: str, max_chars: int) -> Input:
@@ -113,18 +115,21 @@ def _are_pairs(given: Sequence[Input]) -> bool:
 
 async def _match(
     registry: Registry, served: ServedModel, given: Sequence[Input], places: Sequence[str]
-) -> np.ndarray:
-    """(N,) probabilities of a match of the first with each of the others."""
+) -> Ranked:
+    """By the probability of a match of the first with each of the others."""
     query, *documents = await fetched(given, registry.fetcher)
     queries = [query] * len(documents)
     is_picture = isinstance(query, Picture)
     images, texts = (queries, documents) if is_picture else (documents, queries)
-    found = []
-    for place, score in zip(places[1:], await served.match(images, texts), strict=True):
+    found = await served.match(images, texts)
+    scores = []
+    for place, score in zip(places[1:], found.probabilities, strict=True):
         if isinstance(score, Exception):
             raise at(score, "query" if is_picture else place)
-        found.append(score)
-    return np.array(found)
+        scores.append(score)
+    text_places = places[1:] if is_picture else ["query"] * len(documents)
+    cut = list(dict.fromkeys(cut_places(found.truncated, text_places)))
+    return Ranked(np.array(scores), "matching", 0, cut)
 
 
 async def _answer(registry: Registry, body: RerankRequest, *, as_object: bool) -> Response:
@@ -145,6 +150,7 @@ async def _answer(registry: Registry, body: RerankRequest, *, as_object: bool) -
         "id": uuid.uuid4().hex,
         "results": results,
         "score": ranked.kind,
+        "truncated": ranked.truncated,
         "usage": {"prompt_tokens": ranked.num_tokens, "total_tokens": ranked.num_tokens},
     }
     return reply(content, served)
@@ -157,4 +163,4 @@ async def _answer_tei(registry: Registry, body: RerankRequest, texts: Sequence[s
         {"index": index, "score": score} | ({"text": texts[index]} if body.return_text else {})
         for index, score in ranked.best()
     ]
-    return reply_bare(content, served)
+    return reply_bare(content, served, ranked.truncated)

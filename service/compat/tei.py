@@ -10,8 +10,8 @@ from clipserve import __version__
 from service.bodies import read_json
 from service.compat.vectors import (
     Lenient,
-    check_dimensions,
     check_whole,
+    cut_places,
     docs,
     embed,
     places_of,
@@ -43,7 +43,7 @@ async def embed_texts(request: Request, registry: ServedRegistry) -> Response:
     """A bare list of unit vectors."""
     body = await read_json(request, EmbedRequest)
     served = registry.model(body.model)
-    check_dimensions(body.dimensions, served, "dimensions")
+    served.check_dimensions(body.dimensions, "dimensions")
     if not body.normalize:
         raise RequestError(
             "vectors are of unit length here; leave normalize out", param="normalize"
@@ -58,7 +58,8 @@ async def embed_texts(request: Request, registry: ServedRegistry) -> Response:
     answer = await embed(registry, served, inputs, places)
     if not body.truncate:
         check_whole(answer, places)
-    return reply_bare(encode(answer.rows(), "float"), served)
+    cut = cut_places(answer.truncated, places)
+    return reply_bare(encode(answer.rows(), "float"), served, cut)
 
 
 @router.get("/info")

@@ -13,6 +13,8 @@ from service.registry import Registry, ServedModel
 from service.replies import model_headers, to_json
 from service.schemas import Body
 
+_PLACES_IN_A_HEADER = 100
+
 
 class Lenient(Body):
     """A body of which the fields that mean nothing here are passed over: clients send many."""
@@ -37,17 +39,6 @@ def places_of(param: str, count: int, limit: int) -> list[str]:
     return [f"{param}[{index}]" for index in range(count)]
 
 
-def check_dimensions(wanted: int | None, served: ServedModel, param: str) -> None:
-    """RequestError unless it is the model's own number, or none is given."""
-    embed_dim = served.model.embed_dim
-    if wanted not in (None, embed_dim):
-        raise RequestError(
-            f"this model makes vectors of {embed_dim} dimensions and cannot shorten them; leave"
-            f" {param} out, or give {embed_dim}",
-            param=param,
-        )
-
-
 def check_whole(answer: Embedded, places: Sequence[str]) -> None:
     """RequestError if a text did not fit into the model's context."""
     for place, truncated in zip(places, answer.truncated, strict=True):
@@ -59,9 +50,18 @@ def check_whole(answer: Embedded, places: Sequence[str]) -> None:
             )
 
 
-def reply_bare(content: Any, served: ServedModel) -> Response:
-    """For clients that bear no more fields than they know; what made it is in the headers."""
-    return Response(to_json(content), headers=model_headers(served), media_type="application/json")
+def cut_places(truncated: Sequence[bool], places: Sequence[str]) -> list[str]:
+    """The places in the request of the texts that did not fit into the model's context."""
+    return [place for place, is_cut in zip(places, truncated, strict=True) if is_cut]
+
+
+def reply_bare(content: Any, served: ServedModel, truncated: Sequence[str] = ()) -> Response:
+    """For clients that bear no more fields than they know; what made it, and the places of texts
+    that were cut, are in the headers."""
+    headers = model_headers(served)
+    if truncated:
+        headers["X-Clipserve-Truncated"] = ",".join(truncated[:_PLACES_IN_A_HEADER])
+    return Response(to_json(content), headers=headers, media_type="application/json")
 
 
 def docs(body: type[BaseModel]) -> dict[str, Any]:

@@ -23,12 +23,18 @@ from service.inputs import (
     parse_text,
 )
 from service.label_sets import LabelSets
-from service.registry import Registry, ServedModel
-from service.replies import reply, written
+from service.registry import Registry
+from service.replies import reply, to_json, written
 from service.routes.state import ServedLabelSets, ServedRegistry
 from service.schemas import ClassifyRequest, request_docs
 
 router = APIRouter(tags=["classify"])
+
+_MAX_ANSWER_BYTES = 64 * 2**20
+_PREDICTION_BYTES = 72
+"""of JSON, beside the label"""
+_CHARACTER_BYTES = 6
+"""that JSON may take to write one"""
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,8 @@ async def classify(
     """The probability of each label for each picture or text, most probable first.
 
     A picture that cannot be read gets an `error` in its place; the others are answered. When none
-    can be read, that is the answer.
+    can be read, that is the answer. `truncated_labels` are the places of labels that, in a
+    template, did not fit into the model's context.
     """
     settings = registry.settings
     body, files = await read(
@@ -57,12 +64,17 @@ async def classify(
     )
     served = registry.model(body.model)
     items = _items(body, files, registry)
-    head = _tempered(await _head(body, served, registry, label_sets), body)
+    labels = _labels(body, registry, label_sets)
+    templates = parse_templates(body.templates, settings.max_text_chars)
+    check_prompts(labels, templates)
+    top_k = min(body.top_k or len(labels), len(labels))
+    _check_answer(labels, top_k, items)
+    built = await served.head(labels, templates)
+    head = _tempered(built.classifier, body)
     answer = await served.pipeline.embed(await fetched(items.inputs, registry.fetcher))
     failed = [vector for vector in answer.vectors if isinstance(vector, Exception)]
     if len(failed) == len(answer.vectors):
         raise at(failed[0], f"{items.param}[0]")
-    top_k = min(body.top_k or len(head.labels), len(head.labels))
 
     def write() -> Response:
         results = _results(answer.vectors, items.param, head, top_k, body.min_probability)
@@ -70,7 +82,12 @@ async def classify(
             for result, is_cut in zip(results, answer.truncated, strict=True):
                 result["truncated"] = is_cut
         activation = "softmax" if head.logit_bias is None else "sigmoid"
-        content = {"object": "list", "results": results, "activation": activation}
+        content = {
+            "object": "list",
+            "results": results,
+            "activation": activation,
+            "truncated_labels": built.truncated,
+        }
         return reply(content, served)
 
     return await written(registry.pool, top_k * len(items.inputs), write)
@@ -106,27 +123,32 @@ def _items(body: ClassifyRequest, files: list[bytes], registry: Registry) -> _It
     return _Items("images", [parse_picture(text, f"images[{i}]") for i, text in enumerate(images)])
 
 
-async def _head(
-    body: ClassifyRequest, served: ServedModel, registry: Registry, sets: LabelSets
-) -> ClassHead:
-    """The model's classifier over the labels, or the named ones, in the templates."""
+def _labels(body: ClassifyRequest, registry: Registry, sets: LabelSets) -> tuple[str, ...]:
     settings = registry.settings
     if (body.labels is None) == (body.label_set is None):
         raise RequestError("give labels or label_set, one of the two", param="labels")
     if body.label_set is None:
-        labels = parse_labels(body.labels or [], settings.max_labels, settings.max_text_chars)
-    elif body.label_set in sets:
-        labels = sets[body.label_set]
-    else:
-        known = ", ".join(sets) or "none"
-        raise NotFound(
-            f"no such label set; served here: {known}",
-            param="label_set",
-            code="label_set_not_found",
+        return parse_labels(body.labels or [], settings.max_labels, settings.max_text_chars)
+    if body.label_set in sets:
+        return sets[body.label_set]
+    known = ", ".join(sets) or "none"
+    raise NotFound(
+        f"no such label set; served here: {known}", param="label_set", code="label_set_not_found"
+    )
+
+
+def _check_answer(labels: tuple[str, ...], top_k: int, items: _Items) -> None:
+    """RequestError for an answer too large, as each item repeats its labels."""
+    label_bytes = min(len(to_json(labels)), top_k * _CHARACTER_BYTES * max(map(len, labels)))
+    size = len(items.inputs) * (top_k * _PREDICTION_BYTES + label_bytes)
+    if size > _MAX_ANSWER_BYTES:
+        raise RequestError(
+            f"the answer, {top_k} labels for each of {len(items.inputs)} {items.param}, would have"
+            f" up to {size} bytes; at most {_MAX_ANSWER_BYTES} are allowed: set top_k, or send"
+            " fewer at once",
+            param="top_k",
+            code="answer_too_large",
         )
-    templates = parse_templates(body.templates, settings.max_text_chars)
-    check_prompts(labels, templates)
-    return await served.head(labels, templates)
 
 
 def _tempered(head: ClassHead, body: ClassifyRequest) -> ClassHead:

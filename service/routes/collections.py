@@ -28,7 +28,7 @@ router = APIRouter(tags=["collections"])
 async def collections(registry: ServedRegistry) -> Response:
     """Every collection served."""
     served = list(registry.collections.values())
-    data = [await registry.in_store(_describe, collection) for collection in served]
+    data = [await registry.in_store(collection, _describe, collection) for collection in served]
     return reply({"object": "list", "data": data})
 
 
@@ -59,7 +59,7 @@ async def create(name: str, request: Request, registry: ServedRegistry) -> Respo
     """Make an empty collection, below CLIPSERVE_COLLECTIONS_ROOT, for a model's vectors."""
     body = await read_json(request, CreateRequest, optional=True)
     served = await registry.create_collection(name, body.model)
-    return reply(await registry.in_store(_describe, served), served.model, status=201)
+    return reply(await registry.in_store(served, _describe, served), served.model, status=201)
 
 
 @router.get("/v1/collections/{name}")
@@ -69,7 +69,7 @@ async def collection(name: str, registry: ServedRegistry) -> Response:
     `stale` says that its model was replaced by another checkpoint; it is searched with the old one.
     """
     served = registry.collection(name)
-    return reply(await registry.in_store(_describe, served), served.model)
+    return reply(await registry.in_store(served, _describe, served), served.model)
 
 
 @router.delete("/v1/collections/{name}", dependencies=[Depends(require("admin"))])
@@ -85,7 +85,7 @@ async def count(name: str, registry: ServedRegistry, filter: str | None = None) 
     """How many items there are, or how many a filter, as JSON, holds for."""
     served = registry.collection(name)
     wanted = None if filter is None else _parse_filter(filter)
-    number = await registry.in_store(served.searcher.count, wanted)
+    number = await registry.in_store(served, served.searcher.count, wanted)
     return reply({"collection": name, "count": number}, served.model)
 
 

@@ -34,7 +34,11 @@ async def embeddings(request: Request, registry: ServedRegistry) -> Response:
     max_items = registry.settings.max_items
     body, files = await read(request, EmbeddingsRequest, max_files=max_items)
     served = registry.model(body.model)
-    _check_dimensions(body.dimensions, served)
+    served.check_dimensions(body.dimensions, "dimensions")
+    if not body.normalized:
+        raise RequestError(
+            "vectors are of unit length here; leave normalized out", param="normalized"
+        )
     values = _values(body, len(files))
     check_count(len(values) + len(files), max_items, "input")
     places = _places(body, len(values), len(files))
@@ -108,16 +112,6 @@ def _parse(
         for value, place in zip(values, places, strict=False)
     ]
     return [*parsed, *(Picture(file) for file in files)]
-
-
-def _check_dimensions(dimensions: int | None, served: ServedModel) -> None:
-    embed_dim = served.model.embed_dim
-    if dimensions not in (None, embed_dim):
-        raise RequestError(
-            f"this model makes vectors of {embed_dim} dimensions and cannot shorten them; leave"
-            f" dimensions out, or give {embed_dim}",
-            param="dimensions",
-        )
 
 
 def _refuse_truncated(answer: Embedded, places: Sequence[str]) -> None:

@@ -4,11 +4,12 @@ Legend: N items, E embedding.
 """
 
 import base64
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 Encoding = Literal["float", "base64", "int8", "uint8", "binary", "ubinary"]
+ENCODINGS: tuple[Encoding, ...] = get_args(Encoding)
 
 
 def encode(rows: np.ndarray, encoding: Encoding) -> list[Any]:

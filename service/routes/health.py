@@ -1,10 +1,12 @@
 """/health and /metrics, for probes and scrapers.
 
-Live means that the process answers, whatever its models do. Ready means that a text went through
-the real queue of every model and came back in time; not while models load, nor on the way out.
+Live means that the process answers, whatever its models do. Ready means that a text and a picture
+went the way of all others, through every model, and came back in time; not while models load, nor
+on the way out.
 """
 
 import asyncio
+import base64
 import logging
 import time
 from typing import Any
@@ -15,7 +17,7 @@ from starlette.responses import Response
 
 from service.drain import Lifecycle
 from service.errors import NotReady, RequestError
-from service.inputs import Text
+from service.inputs import Input, Picture, Text
 from service.registry import Registry, ServedModel
 from service.replies import reply
 from service.routes.state import ServedRegistry
@@ -24,6 +26,9 @@ logger = logging.getLogger(__name__)
 router = APIRouter(tags=["health"])
 
 _FRESH_S = 1.0
+_CANARY = base64.b64decode(  # a PNG of one grey pixel
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNoAAAAggCBd81ytgAAAABJRU5ErkJggg=="
+)
 
 
 class Readiness:
@@ -50,7 +55,7 @@ class Readiness:
     async def _run(self) -> NotReady | None:
         if not self._registry.models:
             return NotReady("no model is served")
-        for served in list(self._registry.models.values()):
+        for served in self._registry.all_models():
             try:
                 async with asyncio.timeout(self._registry.settings.ready_timeout_s):
                     await _canary(served)
@@ -96,5 +101,6 @@ async def metrics(registry: ServedRegistry) -> Response:
 
 
 async def _canary(served: ServedModel) -> None:
-    answer = await served.pipeline.embed([Text("a canary")], priority="urgent")
+    inputs: list[Input] = [Text("a canary"), Picture(_CANARY)]
+    answer = await served.pipeline.embed(inputs, priority="urgent")
     answer.rows()

@@ -40,7 +40,7 @@ async def items(
 ) -> Response:
     """Items in the order of their ids; the last id of a page is `start_after` of the next."""
     served = registry.collection(name)
-    page, generation = await registry.in_store(_scan, served, start_after, limit)
+    page, generation = await registry.in_store(served, _scan, served, start_after, limit)
     data = [_content(item, image_url(request, name, item.id, generation)) for item in page]
     return reply({"object": "list", "collection": name, "data": data}, served.model)
 
@@ -66,7 +66,7 @@ async def upsert(name: str, request: Request, registry: ServedRegistry) -> Respo
         if isinstance(one, Exception):
             raise one
         ready.append(one)
-    generation = await registry.in_store(store, served.collection, ready)
+    generation = await registry.in_store(served, store, served.collection, ready)
     content = {
         "collection": name,
         "upserted": len(ready),
@@ -87,7 +87,7 @@ async def delete_many(name: str, request: Request, registry: ServedRegistry) -> 
     served.check_writable()
     body = await read_json(request, DeleteRequest)
     check_count(len(body.ids), _MAX_DELETED, "ids")
-    removed, generation = await registry.in_store(_delete, served, body.ids)
+    removed, generation = await registry.in_store(served, _delete, served, body.ids)
     content = {"collection": name, "deleted": removed, "generation": generation}
     return reply(content, served.model)
 
@@ -100,7 +100,7 @@ async def image(name: str, id: str, request: Request, registry: ServedRegistry) 
         return await item(name, id, request, registry)
     served = registry.collection(name)
     jpeg = await registry.in_store(
-        served.collection.thumbnail, _item_id(request, name).removesuffix("/image")
+        served, served.collection.thumbnail, _item_id(request, name).removesuffix("/image")
     )
     if jpeg is None:
         raise NotFound("no such item, or no picture was kept of it", param="id")
@@ -120,7 +120,7 @@ async def image(name: str, id: str, request: Request, registry: ServedRegistry) 
 async def item(name: str, id: str, request: Request, registry: ServedRegistry) -> Response:
     """What is known of one item."""
     served = registry.collection(name)
-    found, generation = await registry.in_store(_get, served, _item_id(request, name))
+    found, generation = await registry.in_store(served, _get, served, _item_id(request, name))
     content = _content(found, image_url(request, name, found.id, generation))
     return reply({"collection": name} | content, served.model)
 
@@ -130,7 +130,9 @@ async def delete(name: str, id: str, request: Request, registry: ServedRegistry)
     """Remove an item; gone from disk when this answers."""
     served = registry.collection(name)
     served.check_writable()
-    removed, generation = await registry.in_store(_delete, served, [_item_id(request, name)])
+    removed, generation = await registry.in_store(
+        served, _delete, served, [_item_id(request, name)]
+    )
     if not removed:
         raise NotFound("no such item", param="id", code="item_not_found")
     content = {"collection": name, "deleted": removed, "generation": generation}

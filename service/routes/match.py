@@ -9,6 +9,7 @@ from starlette.responses import Response
 from service.bodies import read
 from service.errors import RequestError, at, error_fields
 from service.inputs import Input, Picture, check_count, fetched, parse_picture, parse_text
+from service.pipeline import Matched
 from service.replies import reply
 from service.routes.state import ServedRegistry
 from service.schemas import MatchRequest, request_docs
@@ -21,7 +22,8 @@ async def match(request: Request, registry: ServedRegistry) -> Response:
     """The probability that picture and text belong together, of each pair.
 
     Picture i goes with text i; a single picture with each of the texts, a single text with each of
-    the pictures. Only models trained to match can do it. A pair that cannot be read has an `error`.
+    the pictures. Only models trained to match can do it. A pair that cannot be read has an `error`;
+    `truncated` says that a text did not fit into the model's context.
     """
     settings = registry.settings
     body, files = await read(request, MatchRequest, max_files=settings.max_items)
@@ -33,10 +35,9 @@ async def match(request: Request, registry: ServedRegistry) -> Response:
     pairs = _pairs(len(images), len(texts), settings.max_items)
     images = await fetched(images, registry.fetcher)
     found = await served.match([images[i] for i, _ in pairs], [texts[j] for _, j in pairs])
-    if all(isinstance(one, Exception) for one in found):
-        first = found[0]
-        assert isinstance(first, Exception)
-        raise at(first, "images[0]")
+    failed = [one for one in found.probabilities if isinstance(one, Exception)]
+    if len(failed) == len(pairs):
+        raise at(failed[0], "images[0]")
     return reply({"object": "list", "results": _results(pairs, found)}, served)
 
 
@@ -54,12 +55,10 @@ def _pairs(num_images: int, num_texts: int, limit: int) -> list[tuple[int, int]]
     return [(min(i, num_images - 1), min(i, num_texts - 1)) for i in range(count)]
 
 
-def _results(
-    pairs: Sequence[tuple[int, int]], found: Sequence[float | Exception]
-) -> list[dict[str, Any]]:
+def _results(pairs: Sequence[tuple[int, int]], found: Matched) -> list[dict[str, Any]]:
     return [
         {"image": i, "text": j, "error": error_fields(one, f"images[{i}]")}
         if isinstance(one, Exception)
-        else {"image": i, "text": j, "probability": one}
-        for (i, j), one in zip(pairs, found, strict=True)
+        else {"image": i, "text": j, "probability": one, "truncated": is_cut}
+        for (i, j), one, is_cut in zip(pairs, found.probabilities, found.truncated, strict=True)
     ]

@@ -88,12 +88,12 @@ async def search(request: Request, registry: ServedRegistry) -> Response:
     filter = None if body.filter is None else parse(body.filter)
     _check_hits(body, len(asked))
     _check_rerank(body, asked, served, registry)
-    searcher = await registry.in_store(served.searcher_of, body.field)
+    searcher = await registry.in_store(served, served.searcher_of, body.field)
     vectors = await _resolve(asked, searcher, served, registry)
-    hits = await registry.in_store(_find, body, filter, asked, vectors, searcher)
+    hits = await registry.in_store(served, _find, body, filter, asked, vectors, searcher)
     if body.rerank:
         hits = await _rerank(body, asked, hits, served)
-    found = await registry.in_store(_complete, hits, body.with_vectors, searcher)
+    found = await registry.in_store(served, _complete, hits, body.with_vectors, searcher)
     size = sum(len(own) for own in found.hits) * (8 + body.with_vectors * vectors.shape[1])
     return await written(registry.pool, size, lambda: _reply(request, body, asked, found, served))
 
@@ -227,7 +227,7 @@ async def _resolve(
         for one in asked:
             one.truncated = any(term.place in cut for term in one.terms)
     if ids := [term for term in terms if term.kind == "id"]:
-        known |= await registry.in_store(_stored, ids, searcher)
+        known |= await registry.in_store(served, _stored, ids, searcher)
     queries = []
     for one in asked:
         parts = [(_vector(term, known), term.weight) for term in one.terms]
