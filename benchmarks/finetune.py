@@ -1,11 +1,12 @@
 """Fine-tuning and what it forgets: a model of fashion photos learns aerial pictures.
 
     python -m benchmarks.finetune MODEL SCRATCH [--data ../shared/data] [--methods full LoRA LiT]
-        [--steps 100] [--out FILE.json]
+        [--steps 100] [--alphas 0 0.5 1] [--out FILE.json]
 
-Each method trains MODEL on the same batches of the new task (ucm); then retrieval is measured on
-the validation pictures of both tasks, also at alphas between MODEL and what it became (WiSE-FT).
-Runs in SCRATCH that were cut short go on, and finished ones are only measured.
+Each method trains MODEL on the same pictures of the new task (ucm), rehearsal on as many of the old
+one beside them; then retrieval is measured on the validation pictures of both tasks, also at alphas
+between MODEL and what it became (WiSE-FT). Runs in SCRATCH that were cut short go on, and finished
+ones are only measured.
 """
 
 import argparse
@@ -13,8 +14,7 @@ import json
 import os
 import platform
 import tarfile
-import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -22,13 +22,18 @@ from typing import Any
 
 from benchmarks.embedding import processor
 from clipserve.checkpoint import read_description
-from clipserve.config import load_config
+from clipserve.config import Config, load_config
 from clipserve.console import print_line
 from clipserve.interpolate import load_pair
 from clipserve.shards import ShardSet
+from clipserve.sources import SourceOptions
+from training.data import open_data
+from training.distributed import ALONE
 from training.evaluate.sweep import sweep
 from training.loop import train
-from training.shards import pack
+from training.recipe import prepare
+from training.run_directory import RunDirectory
+from training.shards import PackOptions, pack
 
 PACKAGES = ("torch", "open_clip_torch", "numpy")
 COMMON = [
@@ -43,10 +48,14 @@ COMMON = [
 ]
 METHODS = {
     "full": ["optim.lr=3e-4"],
-    "LoRA": ["optim.lr=5e-4", "lora.rank=4", "lora.alpha=8"],
+    "LoRA": ["optim.lr=1e-3", "lora.rank=6", "lora.alpha=12"],
     "LiT": ["optim.lr=3e-4", "optim.freeze=['image.*']"],
+    "word vectors": ["optim.lr=1e-3", "optim.freeze=['*','!text.embeddings.words.weight']"],
+    "rehearsal": ["optim.lr=3e-4", "data.batch_size=256"],
 }
+OLD_WEIGHT = 0.1  # passes over the old task's 17,000 pictures for each over the new one's 1,680
 TASKS = ("old", "new")
+ALPHAS = [number / 10 for number in range(11)]
 
 
 def main() -> None:
@@ -66,7 +75,9 @@ def main() -> None:
     }
     for name in arguments.methods:
         methods[name] = measure(name, new / "train", sets, arguments)
+        judge(methods.values())
         arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+    show(methods)
 
 
 def pack_ucm(source: Path, out: Path) -> Path:
@@ -76,11 +87,9 @@ def pack_ucm(source: Path, out: Path) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     with tarfile.open(source / "images.tar") as archive:
         archive.extractall(out, filter="data")
-    rows = [json.loads(line) for line in (source / "captions.jsonl").read_text().splitlines()]
     for split in ("train", "val"):
-        lines = [json.dumps(row) for row in rows if row["split"] == split]
-        (out / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
-        pack(out / f"{split}.jsonl", out / split)
+        options = PackOptions(SourceOptions(split=split, image_folder=out))
+        pack(source / "captions.jsonl", out / split, options)
     return out
 
 
@@ -88,47 +97,95 @@ def measure(
     name: str, shards: Path, sets: Sequence[ShardSet], arguments: argparse.Namespace
 ) -> dict[str, Any]:
     """Train by one method, then recall on both tasks along the way from the start to the end."""
-    out = arguments.scratch / name
-    given = [f"out={out}", f"model.pretrained={arguments.model}", f"data.train={shards}"]
+    out = arguments.scratch / name.replace(" ", "-")
+    old = f"{arguments.data}/fashion/train-*.tar" if name == "rehearsal" else None
+    given = [f"out={out}", f"model.pretrained={arguments.model}", train_data(shards, old)]
     settings = [*COMMON, *METHODS[name], f"train.steps={arguments.steps}"]
-    began = time.process_time()
-    outcome = train(load_config(None, [*given, *settings]))
-    spent = time.process_time() - began
-    rows = sweep(*load_pair(arguments.model, out / "latest"), arguments.alphas, sets, device="cpu")[
-        "rows"
-    ]
-    found: dict[str, Any] = {
+    config = load_config(None, [*given, *settings])
+    share = trained_share(config)
+    outcome = train(config)
+    pair = load_pair(arguments.model, out / "latest")
+    rows = sweep(*pair, arguments.alphas, sets, device="cpu")["rows"]
+    return {
         "settings": METHODS[name],
+        "trained_share": share,
         "step": outcome.step,
-        "processor_s": spent,
+        "train_s": outcome.seconds,
         "alphas": [
             {"alpha": r["alpha"], **dict(zip(TASKS, r["recall"], strict=True))} for r in rows
         ],
     }
-    for row in found["alphas"]:
-        row |= judged(row, found["alphas"][0], found["alphas"][-1])
-        numbers = "  ".join(f"{row[task]['mean_r10']:.3f}" for task in TASKS)
-        print_line(f"{name:5} {row['alpha']:.2f}  {numbers}  {row['kept']:.3f} {row['gained']:.3f}")
-    return found
 
 
-def judged(row: dict[str, Any], start: dict[str, Any], tuned: dict[str, Any]) -> dict[str, float]:
-    """The part of the old task's recall@10 that is kept, and of the gain on the new one."""
-    old, new = ([at[task]["mean_r10"] for at in (start, row, tuned)] for task in TASKS)
-    return {"kept": old[1] / old[0], "gained": (new[1] - new[0]) / (new[2] - new[0])}
+def train_data(new: Path, old: str | None) -> str:
+    """The setting data.train."""
+    sets = [f"{{path='{new}'}}"]
+    if old is not None:
+        sets.append(f"{{path='{old}',weight={OLD_WEIGHT}}}")
+    return f"data.train=[{','.join(sets)}]"
 
 
-def read_arguments() -> argparse.Namespace:
+def trained_share(config: Config) -> float:
+    """The part of the model's numbers, adapters counted in their place, that is trained."""
+    run = prepare(config, open_data(config, RunDirectory(Path(config.out), 1)), ALONE)
+    groups = run.state.optimizer.param_groups
+    trained = sum(parameter.numel() for group in groups for parameter in group["params"])
+    return trained / sum(parameter.numel() for parameter in run.state.model.parameters())
+
+
+def judge(methods: Iterable[dict[str, Any]]) -> None:
+    """Say of each row, in place, which part of the old task's recall@10 it keeps, and which it has
+    of the gain on the new one: of its method's at alpha 1, and of the largest of any row."""
+    tables = [method["alphas"] for method in methods]
+    largest = max(recall(row)[1] - recall(at(0, rows))[1] for rows in tables for row in rows)
+    for rows in tables:
+        old, new = recall(at(0, rows))
+        for row in rows:
+            gain = recall(row)[1] - new
+            row["kept"] = part(recall(row)[0], old)
+            row["gained"] = part(gain, recall(at(1, rows))[1] - new)
+            row["of_largest"] = part(gain, largest)
+
+
+def at(alpha: float, rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    (row,) = (row for row in rows if row["alpha"] == alpha)
+    return row
+
+
+def recall(row: dict[str, Any]) -> list[float]:
+    """Recall@10 on the old and the new task, of both directions."""
+    return [row[task]["mean_r10"] for task in TASKS]
+
+
+def part(value: float, whole: float) -> float | None:
+    """None where there is no whole: nothing was known, or nothing gained."""
+    return value / whole if whole > 0 else None
+
+
+def show(methods: dict[str, Any]) -> None:
+    for name, method in methods.items():
+        print_line(f"{name}: {method['trained_share']:.2%} trained, {method['train_s']:.0f} s")
+        for row in method["alphas"]:
+            parts = [row[key] for key in ("kept", "gained", "of_largest")]
+            cells = ["-" if value is None else f"{value:.1%}" for value in parts]
+            print_line(
+                "  ".join([f"{row['alpha']:.2f}", *map("{:.1%}".format, recall(row)), *cells])
+            )
+
+
+def read_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("scratch", type=Path)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--steps", type=int, default=100)
-    alphas = [0.0, 0.25, 0.5, 0.75, 1.0]
-    parser.add_argument("--alphas", type=float, nargs="+", default=alphas, help="from 0 to 1")
+    parser.add_argument("--alphas", type=float, nargs="+", default=ALPHAS, help="from 0 to 1")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/finetune.json"))
-    return parser.parse_args()
+    arguments = parser.parse_args(given)
+    if not {0, 1} <= set(arguments.alphas) or not all(0 <= a <= 1 for a in arguments.alphas):
+        parser.error("--alphas must hold 0, the model before, 1, what it became, and none beyond")
+    return arguments
 
 
 if __name__ == "__main__":

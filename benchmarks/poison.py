@@ -3,10 +3,10 @@
     python -m benchmarks.poison [--model DIR] [--hostile 5000] [--good 500] [--out FILE.json]
 
 Every hostile request must get its answer (tests/poison.py says which), every good one the vectors
-that the model gives in this process. Beside both /health/ready is asked twice a second: it must be
-true exactly while the service serves, from the end of loading to the signal that ends it. What the
-process holds is read from /proc: at the start, after a first round, and at its peak. Exit code 1
-and a list of what was wrong, if anything was.
+that the model gives in this process; nothing is answered from a cache, and a collection is served.
+Beside both /health/ready is asked twice a second: it must be true exactly while the service serves,
+from the end of loading to the signal that ends it. What the process holds is read from /proc and
+bounded: BOUNDS_MB. Exit code 1 and a list of what was wrong, if anything was. Start at `run`.
 """
 
 import argparse
@@ -14,18 +14,14 @@ import base64
 import contextlib
 import json
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -36,242 +32,142 @@ import torch
 
 import clipserve
 from benchmarks.embedding import processor
+from benchmarks.poison_clients import (
+    MISBEHAVIOURS,
+    Good,
+    Rows,
+    Seen,
+    Service,
+    attack,
+    probe,
+    shuffled,
+    use,
+)
+from benchmarks.service_peers import free_port
 from clipserve import checkpoint
-from clipserve.model import create
-from tests.poison import Hostile, hostile_requests, picture_bytes, problem
+from clipserve.model import Model, create
+from index.collection import Collection, Item
+from tests.poison import Hostile, hostile_requests, picture_bytes
 
 TINY: dict[str, Any] = {
     "embed_dim": 16,
     "vision_cfg": {"image_size": 32, "patch_size": 16, "width": 32, "layers": 1, "head_width": 16},
     "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
 }
-SETTINGS = {"CLIPSERVE_BODY_TIMEOUT_S": "10", "OMP_NUM_THREADS": "1"}
+SETTINGS = {
+    "CLIPSERVE_BODY_TIMEOUT_S": "10",
+    "CLIPSERVE_TEXT_CACHE_BYTES": "0",  # or most good requests would meet a cache alone
+    "CLIPSERVE_IMAGE_CACHE_BYTES": "0",
+    "OMP_NUM_THREADS": "1",
+}
 TEXTS = ["a red shoe", "two dogs on a beach", "x", "a long walk " * 30]
-LEAST_COSINE = 0.999
-
-
-@dataclass
-class Seen:
-    """What happened, from all threads."""
-
-    statuses: Counter[int] = field(default_factory=Counter)
-    problems: list[str] = field(default_factory=list)
-    hostile: int = 0
-    good: int = 0
-    busy: int = 0
-    ready: Counter[str] = field(default_factory=Counter)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def wrong(self, text: str) -> None:
-        with self.lock:
-            self.problems.append(text)
-
-
-@dataclass
-class Service:
-    """The process, and where it listens."""
-
-    process: "subprocess.Popen[bytes]"
-    port: int
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    def memory_mb(self, name: str = "VmRSS") -> float:
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        (line,) = (line for line in status.splitlines() if line.startswith(f"{name}:"))
-        return round(int(line.split()[1]) / 1024, 1)
-
-    def is_ready(self) -> int:
-        """The status of /health/ready; 0 if nobody answers."""
-        try:
-            return httpx.get(f"{self.url}/health/ready", timeout=30).status_code
-        except httpx.TransportError:
-            return 0
+BOUNDS_MB = {"peak over start": 1024, "end over first round": 256}
+"""the first is twice the bodies that may be in flight (CLIPSERVE_MAX_INFLIGHT_BYTES); the second,
+over a hundred times as many requests, is what malloc may keep in pieces"""
+READY_S = 120.0
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, help="model directory; a tiny one if left out")
-    parser.add_argument("--hostile", type=int, default=5000)
+    parser.add_argument("--hostile", type=int, default=5000, help="at least every row once")
     parser.add_argument("--good", type=int, default=500)
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/poison.json"))
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         model = given.model or _make_model(Path(folder))
-        report = run(model, given.hostile, given.good, given.seconds, Path(folder) / "log.txt")
-    given.out.write_text(json.dumps(report, indent=2) + "\n")
-    sys.stdout.write(json.dumps(report, indent=2) + "\n")
+        report = run(model, given.hostile, given.good, given.seconds, Path(folder))
+    text = json.dumps(report, indent=2) + "\n"
+    given.out.write_text(text)
+    sys.stdout.write(text)
     sys.exit(1 if report["problems"] else 0)
 
 
-def run(model: Path, hostile: int, good: int, seconds: float, log: Path) -> dict[str, Any]:
+def run(path: Path, hostile: int, good: int, seconds: float, folder: Path) -> dict[str, Any]:
     """Start, attack, stop; the report."""
-    seen = Seen()
-    expected = _expected(model)
-    with _started(model, log, seen) as service:
-        start_mb = service.memory_mb()
+    seen, log = Seen(), folder / "log.txt"
+    model = clipserve.load(path, device="cpu", dtype="fp32")
+    expected, collection = _expected(model), _make_collection(model, folder / "toys")
+    rows: Rows = [*hostile_requests(), *MISBEHAVIOURS, *MISBEHAVIOURS]
+    hostile = max(hostile, len(rows))
+    with _started(path, collection, log, seen) as service:
+        memory_mb = {"start": service.memory_mb()}
         begun = time.monotonic()
         deadline = begun + seconds
-        _all(service, seen, expected, len(hostile_requests()), 20, deadline)  # every row once
-        after_first_mb = service.memory_mb()
-        _all(service, seen, expected, hostile - seen.hostile, good - seen.good, deadline)
+        _all(service, seen, expected, shuffled(rows, len(rows)), 20, deadline)
+        memory_mb["after the first round"] = service.memory_mb()
+        rest = shuffled(rows, hostile - len(rows))
+        _all(service, seen, expected, rest, good - 20, deadline)
         took = time.monotonic() - begun
-        _check(seen, service.is_ready() == 200, "not ready when all was over")
-        end_mb, peak_mb = service.memory_mb(), service.memory_mb("VmHWM")
+        seen.check(service.is_ready() == 200, "not ready when all was over")
+        memory_mb |= {"end": service.memory_mb(), "peak": service.memory_mb("VmHWM")}
         _stop(service, seen)
-    tracebacks = log.read_text().count("Traceback")
-    return {
+    report = {
         "date": date.today().isoformat(),
         "machine": processor(),
-        "model": model.name,
+        "model": path.name,
         "hostile_requests": seen.hostile,
+        "hostile_cut_off": dict(sorted(seen.cut_off.items())),
+        "hostile_answered_busy": seen.hostile_busy,
         "good_requests": seen.good,
-        "good_answered_correctly": seen.good - sum("good" in text for text in seen.problems),
-        "good_sent_again_after_429": seen.busy,
+        "good_answered_correctly": seen.correct,
+        "good_sent_again_after_429": seen.good_busy,
         "seconds": round(took, 1),
         "hostile_statuses": {str(status): n for status, n in sorted(seen.statuses.items())},
         "ready": dict(seen.ready),
-        "rss_mb": {
-            "start": start_mb,
-            "after the first round": after_first_mb,
-            "end": end_mb,
-            "peak": peak_mb,
-        },
-        "tracebacks_in_the_log": tracebacks,
-        "problems": seen.problems[:20],
+        "rss_mb": memory_mb,
+        "bounds_mb": BOUNDS_MB,
+        "tracebacks_in_the_log": log.read_text().count("Traceback"),
     }
+    unanswered = {row.name for row in rows if isinstance(row, Hostile)} - seen.answered
+    found = [*seen.problems, *(f"{name}: never answered" for name in sorted(unanswered))]
+    return report | {"problems": find_problems(report, hostile, good) + found[:40]}
+
+
+def find_problems(report: dict[str, Any], hostile: int, good: int) -> list[str]:
+    """What the numbers of a report say against it, where so many requests were asked for."""
+    found = []
+    sent, told, correct = (
+        report[name] for name in ("hostile_requests", "good_requests", "good_answered_correctly")
+    )
+    if sent < hostile or told < good:
+        found.append(f"only {sent} of {hostile} hostile and {told} of {good} good ones in time")
+    if correct < told:
+        found.append(f"{told - correct} good requests were not answered correctly")
+    rss = report["rss_mb"]
+    grown = {
+        "peak over start": rss["peak"] - rss["start"],
+        "end over first round": rss["end"] - rss["after the first round"],
+    }
+    for name, bound in report["bounds_mb"].items():
+        if grown[name] > bound:
+            found.append(f"memory: {name} is {grown[name]:.0f} MB, over {bound}")
+    if count := report["tracebacks_in_the_log"]:
+        found.append(f"{count} tracebacks in the log")
+    return found
 
 
 def _all(
-    service: Service, seen: Seen, expected: "list[Good]", hostile: int, good: int, deadline: float
+    service: Service, seen: Seen, expected: Sequence[Good], rows: Rows, good: int, deadline: float
 ) -> None:
     """Eight hostile clients, four good ones, and a probe, at once."""
-    rows = _shuffled(hostile)
     over = threading.Event()
-    probe = threading.Thread(target=_probe, args=[service, seen, over])
-    probe.start()
-    with ThreadPoolExecutor(12) as pool:
-        done = [pool.submit(_attack, service, seen, rows[i::8], deadline) for i in range(8)]
-        shares = [range(i, good, 4) for i in range(4)]
-        done += [pool.submit(_use, service, seen, expected, s, deadline) for s in shares]
-        for one in done:
-            one.result()
-    over.set()
-    probe.join()
-
-
-def _shuffled(count: int) -> list[Hostile | None]:
-    """Rows in an order of their own, all as often; None is a connection that misbehaves."""
-    rows: list[Hostile | None] = [*hostile_requests(), *[None] * 20]
-    generator = random.Random(0)
-    found: list[Hostile | None] = []
-    while len(found) < count:
-        generator.shuffle(rows)
-        found += rows
-    return found[:count]
-
-
-def _attack(service: Service, seen: Seen, rows: list[Hostile | None], deadline: float) -> None:
-    client = httpx.Client(base_url=service.url, timeout=60)
-    for number, row in enumerate(rows):
-        if time.monotonic() > deadline:
-            break
-        if row is None:
-            _misbehave(service.port, _MISBEHAVIOURS[number % len(_MISBEHAVIOURS)])
-        else:
-            _send(client, seen, row)
-        with seen.lock:
-            seen.hostile += 1
-    client.close()
-
-
-def _send(client: httpx.Client, seen: Seen, row: Hostile) -> None:
+    probing = threading.Thread(target=probe, args=[service, seen, over])
+    probing.start()
     try:
-        answer = client.request(row.method, row.path, content=row.body, headers=row.headers)
-    except (httpx.WriteError, httpx.ReadError, httpx.RemoteProtocolError):
-        return  # a body that is refused may be cut off before its answer is read
-    except httpx.TransportError as error:
-        seen.wrong(f"{row.name}: {type(error).__name__}")
-        return
-    with seen.lock:
-        seen.statuses[answer.status_code] += 1
-    # A busy service may refuse anything; h11 refuses some headers before we see them.
-    if answer.status_code == 429 or answer.text == "Invalid HTTP request received.":
-        return
-    if wrong := problem(row, answer.status_code, answer.content):
-        seen.wrong(wrong)
+        with ThreadPoolExecutor(12) as pool:
+            done = [pool.submit(attack, service, seen, rows[i::8], deadline) for i in range(8)]
+            shares = [range(i, good, 4) for i in range(4)]
+            done += [pool.submit(use, service, seen, expected, s, deadline) for s in shares]
+            for one in done:
+                one.result()
+    finally:
+        over.set()
+        probing.join()
 
 
-_HEAD = b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-_MISBEHAVIOURS = (
-    b"",
-    b"GET / HT",
-    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",  # TLS
-    _HEAD,
-    _HEAD + b"Content-Length: 1000\r\n\r\n{",
-    _HEAD + b"Content-Length: -5\r\n\r\n{}",
-    _HEAD + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\n{}",
-    _HEAD + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
-    _HEAD + b"Transfer-Encoding: chunked\r\n\r\nfffffffffffffffff\r\n",
-    _HEAD + b'Content-Length: 20\r\n\r\n{"input": "left"   }',
-    b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\n\r\n",
-)
-
-
-def _misbehave(port: int, data: bytes) -> None:
-    """Say something, and leave without reading; now and then stay for a while."""
-    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 5) as peer:
-        peer.sendall(data)
-        if len(data) < 50:
-            time.sleep(0.2)
-
-
-@dataclass(frozen=True)
-class Good:
-    """A request of a good client, and the vectors it must get."""
-
-    body: dict[str, Any]
-    vectors: np.ndarray
-
-
-def _use(
-    service: Service, seen: Seen, expected: list[Good], numbers: range, deadline: float
-) -> None:
-    client = httpx.Client(base_url=service.url, timeout=120)
-    for number in numbers:
-        if time.monotonic() > deadline:
-            break
-        good = expected[number % len(expected)]
-        while (answer := client.post("/v1/embeddings", json=good.body)).status_code == 429:
-            seen.busy += 1
-            time.sleep(float(answer.headers["retry-after"]))
-        _compare(seen, good, answer)
-    client.close()
-
-
-def _compare(seen: Seen, good: Good, answer: httpx.Response) -> None:
-    with seen.lock:
-        seen.good += 1
-    if answer.status_code != 200:
-        seen.wrong(f"good request: status {answer.status_code}: {answer.text[:200]}")
-        return
-    found = np.array([item["embedding"] for item in answer.json()["data"]])
-    if (cosines := (found * good.vectors).sum(axis=1)).min() < LEAST_COSINE:
-        seen.wrong(f"good request: cosine {cosines.min():.6f}")
-
-
-def _probe(service: Service, seen: Seen, over: threading.Event) -> None:
-    while not over.wait(0.5):
-        status = service.is_ready()
-        seen.ready[f"while serving: {status}"] += 1
-        _check(seen, status == 200, f"ready said {status} while all was served")
-
-
-def _expected(folder: Path) -> list[Good]:
-    model = clipserve.load(folder, device="cpu", dtype="fp32")
+def _expected(model: Model) -> list[Good]:
     pictures = [picture_bytes("JPEG", (640, 480)), picture_bytes(size=(33, 77))]
     encoded = [{"image": base64.b64encode(data).decode()} for data in pictures]
     texts = model.embed_texts(TEXTS)
@@ -283,23 +179,34 @@ def _expected(folder: Path) -> list[Good]:
     ]
 
 
+def _make_collection(model: Model, path: Path) -> Path:
+    """One of four texts, for the hostile searches: they shall get as far as they can."""
+    with Collection.create(
+        path,
+        fingerprint=model.info.fingerprint or "",
+        model_name=model.info.name,
+        embed_dim=model.embed_dim,
+    ) as collection:
+        items = [Item(str(i), text, "", {"n": i}) for i, text in enumerate(TEXTS)]
+        collection.upsert(items, model.embed_texts(TEXTS))
+    return path
+
+
 @contextlib.contextmanager
-def _started(model: Path, log: Path, seen: Seen) -> Iterator[Service]:
+def _started(model: Path, collection: Path, log: Path, seen: Seen) -> Iterator[Service]:
     """The service, ready; before that it must say that it is not."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-c", "from clipserve.cli import main; main()", "serve", str(model)]
+    port = free_port()
+    command = [sys.executable, "-m", "clipserve", "serve", str(model)]
+    command += ["--collection", str(collection), "--port", str(port)]
     with log.open("wb") as output:
-        process = subprocess.Popen(
-            [*command, "--port", str(port)], env=os.environ | SETTINGS, stderr=output
-        )
+        process = subprocess.Popen(command, env=os.environ | SETTINGS, stderr=output)
     service = Service(process, port)
+    last = time.monotonic() + READY_S
     try:
         while (status := service.is_ready()) != 200:
             seen.ready[f"while loading: {status}"] += 1
-            if process.poll() is not None:
-                raise SystemExit(log.read_text())
+            if process.poll() is not None or time.monotonic() > last:
+                raise SystemExit(f"the service did not become ready:\n{log.read_text()}")
             time.sleep(0.05)
         yield service
     finally:
@@ -314,23 +221,29 @@ def _stop(service: Service, seen: Seen) -> None:
     headers = {"Content-Type": "application/json"}
 
     def ask() -> None:
-        with httpx.Client(base_url=service.url, timeout=30) as client:
+        with (
+            contextlib.suppress(httpx.TransportError),
+            httpx.Client(base_url=service.url, timeout=30) as client,
+        ):
             answer = client.post("/v1/embeddings", content=_slow_body(begun), headers=headers)
-        answers.append(answer.status_code)
+            answers.append(answer.status_code)
 
     asking = threading.Thread(target=ask)
     asking.start()
-    begun.wait()
+    begun.wait(30)
     time.sleep(0.5)
     service.process.send_signal(signal.SIGTERM)
     time.sleep(0.3)
     status = service.is_ready()
     seen.ready[f"while draining: {status}"] += 1
-    _check(seen, status == 503, f"ready said {status} after the signal")
+    seen.check(status == 503, f"ready said {status} after the signal")
     asking.join()
-    _check(seen, answers == [200], f"a good request begun before the signal got {answers}")
-    code = service.process.wait(timeout=30)
-    _check(seen, code == 0, f"the process ended with {code}")
+    seen.check(answers == [200], f"a good request begun before the signal got {answers}")
+    try:
+        code = service.process.wait(timeout=30)
+        seen.check(code == 0, f"the process ended with {code}")
+    except subprocess.TimeoutExpired:
+        seen.wrong("the process was there 30 s after the signal")
 
 
 def _slow_body(begun: threading.Event) -> Iterator[bytes]:
@@ -338,11 +251,6 @@ def _slow_body(begun: threading.Event) -> Iterator[bytes]:
     begun.set()
     time.sleep(1.5)
     yield b'"a red shoe"}'
-
-
-def _check(seen: Seen, holds: bool, text: str) -> None:
-    if not holds:
-        seen.wrong(text)
 
 
 def _make_model(folder: Path) -> Path:

@@ -1,13 +1,14 @@
-"""What our service does a second beside Infinity, on the same weights.
+"""What our service does a second beside Infinity and clip-server, on the same weights.
 
-    python -m benchmarks.service --install        # Infinity, in an environment of its own
+    python -m benchmarks.service --install        # the peers, each in an environment of its own
     python -m benchmarks.service [--clients 1 8 32 64] [--rounds 3] [--seconds 6] [--only NAME ...]
-        [--out FILE.json]
+        [--device cpu|cuda] [--out FILE.json]
 
 ViT-B/32, random weights. The services are up side by side and take turns; the load is closed-loop,
 of one text, one JPEG of 640x480, or eight, each another than all before, base64 vectors back.
 Beside it: the latency at 80 % of what 32 clients got out of ours, and what pictures and texts reach
-in process, which is the limit of the service.
+in process, which is the limit of the service. First the vectors of all services are compared. Exit
+code 1 unless every mark of the table "ratios" is met (service_ratios.py) and nothing failed.
 """
 
 import argparse
@@ -18,48 +19,63 @@ import platform
 import statistics
 import subprocess
 import sys
-import venv
 from collections.abc import Sequence
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from benchmarks import service_environments as environments
 from benchmarks.embedding import pictures as make_pictures
 from benchmarks.embedding import processor
-from benchmarks.service_load import closed_loop, open_loop
+from benchmarks.service_load import Target, closed_loop, open_loop
 from benchmarks.service_peers import (
     Peer,
+    clip_server,
     infinity,
     make_models,
+    on,
     ours,
     running,
-    versions,
+    vectors,
 )
+from benchmarks.service_ratios import compare, find_problems, ratios
 
 FOLDER = Path("build/service")
-INFINITY = ["infinity-emb[torch,server]==0.0.78", "aiohttp", "pillow"]
+INFINITY, CLIP_SERVER = FOLDER / "infinity", FOLDER / "clip-server"
 WORK = {"1 text": 0, "1 picture": 1, "8 pictures": 8}
 """pictures in each request"""
+COMPARED = {
+    "1 text": range(111_111_111_111, 999_999_999_999, 111_111_111_111),
+    "8 pictures": [10**10],
+}
+"""numbers of requests whose vectors are compared: eight texts unlike each other, eight pictures"""
 PACKAGES = ("torch", "fastapi", "uvicorn")
 
 
 def main() -> None:
     arguments = read_arguments()
     if arguments.install:
-        install(FOLDER / "infinity", INFINITY)
+        environments.install(INFINITY, CLIP_SERVER)
         return
-    make_models(FOLDER / "models", FOLDER / "infinity")
-    peers = [peer for peer in known() if not arguments.only or peer.name in arguments.only]
+    make_models(FOLDER / "models", INFINITY)
+    peers = [
+        peer
+        for peer in known(arguments.device)
+        if not arguments.only or peer.name in arguments.only
+    ]
+    in_process = [measure_in_process(arguments)]
     with contextlib.ExitStack() as stack:
         ports: dict[str, int] = {}
         ready: dict[str, float] = {}
         for peer in peers:
-            started = running(peer, FOLDER / "models", arguments.threads)
+            started = running(peer, FOLDER / "models", arguments.threads, arguments.device)
             ports[peer.name], ready[peer.name] = stack.enter_context(started)
+        agreement = compare_vectors(peers, ports)
         loads = measure(peers, ports, arguments)
         paced = at_eighty_percent(peers[0], ports, loads) if peers[0].name == "clipserve" else {}
-    in_process = measure_in_process(arguments) if peers[0].name == "clipserve" else {}
+    in_process.append(measure_in_process(arguments))  # a machine that may have others drifts
+    limits = {name: statistics.fmean(one[name] for one in in_process) for name in in_process[0]}
     report = {
         "benchmark": "service",
         "date": date.today().isoformat(),
@@ -67,42 +83,77 @@ def main() -> None:
             "processor": processor(),
             "cores": os.cpu_count(),
             "threads": arguments.threads,
+            "device": arguments.device,
         },
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in PACKAGES}
-        | versions(FOLDER / "infinity", ["infinity-emb", "transformers", "torch"]),
+        "versions": installed_versions(),
         "unit": "medians of rounds that take turns; items are texts or pictures",
         "rounds": arguments.rounds,
         "ready_s": {name: round(seconds, 1) for name, seconds in ready.items()},
+        "agreement": agreement,
+        "ratios": ratios(loads, limits),
         "loads": loads,
         "clipserve_at_80_percent_of_32_clients": paced,
-        "in_process_items_per_s": in_process,
+        "in_process_items_per_s": {name: round(value, 1) for name, value in limits.items()},
     }
-    arguments.out.write_text(json.dumps(report, indent=2) + "\n")
+    problems = find_problems(report)
+    arguments.out.write_text(json.dumps(report | {"problems": problems}, indent=2) + "\n")
+    sys.stdout.write(json.dumps(report["ratios"], indent=2) + "\n" + "\n".join(problems) + "\n")
+    sys.exit(1 if problems else 0)
 
 
-def known() -> list[Peer]:
+def known(device: str) -> list[Peer]:
     """Ours first; of the others those that are installed."""
     peers = [ours()]
-    if (FOLDER / "infinity/bin/infinity_emb").exists():
-        peers += [infinity(FOLDER / "infinity", dtype) for dtype in ("float32", "bfloat16")]
+    if environments.is_installed(INFINITY):
+        dtypes = ("float16", "bfloat16") if device == "cuda" else ("float32", "bfloat16")
+        peers += [infinity(INFINITY, dtype, device) for dtype in dtypes]
+    if environments.is_installed(CLIP_SERVER):
+        peers.append(clip_server(CLIP_SERVER, device))
     return peers
+
+
+def installed_versions() -> dict[str, Any]:
+    found: dict[str, Any] = {"python": platform.python_version()}
+    found |= {name: version(name) for name in PACKAGES}
+    for folder, packages in (
+        (INFINITY, ["infinity-emb", "transformers", "torch"]),
+        (CLIP_SERVER, ["clip-server", "jina", "torch"]),
+    ):
+        if environments.is_installed(folder):
+            found[folder.name] = environments.versions(folder, packages)
+    return found
+
+
+def targets(work: str, peers: Sequence[Peer], ports: dict[str, int]) -> dict[str, Target]:
+    """Where each service is asked for a kind of work."""
+    jpegs = make_pictures(8)[: WORK[work]]
+    return {peer.name: peer.target(ports[peer.name], jpegs) for peer in peers}
+
+
+def compare_vectors(peers: Sequence[Peer], ports: dict[str, int]) -> dict[str, Any]:
+    """By work and service: how like the first one's its vectors are."""
+    found: dict[str, Any] = {}
+    for work, numbers in COMPARED.items():
+        own, *others = (
+            (name, vectors(target, numbers)) for name, target in targets(work, peers, ports).items()
+        )
+        found[work] = {name: compare(own[1], theirs) for name, theirs in others}
+    return found
 
 
 def measure(
     peers: Sequence[Peer], ports: dict[str, int], arguments: argparse.Namespace
 ) -> dict[str, Any]:
     """By work, number of clients and service: the median of each number over the rounds."""
-    jpegs = make_pictures(8)
     found: dict[str, Any] = {}
-    for work, count in WORK.items():
-        targets = {peer.name: peer.target(ports[peer.name], jpegs[:count]) for peer in peers}
-        for target in targets.values():
+    for work in WORK:
+        asked = targets(work, peers, ports)
+        for target in asked.values():
             closed_loop(target, 2, 1.0)  # first-time work
         for clients in arguments.clients:
-            rounds: dict[str, list[dict[str, float]]] = {name: [] for name in targets}
+            rounds: dict[str, list[dict[str, float]]] = {name: [] for name in asked}
             for _ in range(arguments.rounds):
-                for name, target in targets.items():
+                for name, target in asked.items():
                     load = closed_loop(target, clients, arguments.seconds)
                     rounds[name].append(load.summary(target.items))
             found[f"{work}, {clients} clients"] = row = {n: medians(r) for n, r in rounds.items()}
@@ -112,12 +163,11 @@ def measure(
 
 def at_eighty_percent(peer: Peer, ports: dict[str, int], loads: dict[str, Any]) -> dict[str, Any]:
     """Latency of ours at a steady rate of 80 % of its throughput, requests at random times."""
-    jpegs = make_pictures(8)
     found = {}
-    for work, count in WORK.items():
+    for work in WORK:
         capacity = loads.get(f"{work}, 32 clients", {}).get(peer.name, {}).get("items_per_s")
         if capacity:
-            target = peer.target(ports[peer.name], jpegs[:count])
+            target = targets(work, [peer], ports)[peer.name]
             rate = 0.8 * capacity / target.items
             found[work] = open_loop(target, rate, 20.0).summary(target.items)
             tell(f"{work}, 80 %", {peer.name: found[work]})
@@ -125,9 +175,9 @@ def at_eighty_percent(peer: Peer, ports: dict[str, int], loads: dict[str, Any]) 
 
 
 def measure_in_process(arguments: argparse.Namespace) -> dict[str, float]:
-    """Items a second of `embed_images`, from JPEG bytes, and `embed_texts`, with no service."""
+    """Items a second with no service: service_in_process.py."""
     command = [sys.executable, "-m", "benchmarks.service_in_process"]
-    environment = os.environ | {"OMP_NUM_THREADS": str(arguments.threads)}
+    environment = os.environ | on(arguments.device, arguments.threads)
     done = subprocess.run(
         [*command, FOLDER / "models/clipserve", str(arguments.rounds)],
         capture_output=True,
@@ -149,11 +199,6 @@ def tell(work: str, row: dict[str, dict[str, float]]) -> None:
     sys.stdout.flush()
 
 
-def install(folder: Path, packages: Sequence[str]) -> None:
-    venv.create(folder, with_pip=True)
-    subprocess.run([folder / "bin/pip", "install", "--quiet", *packages], check=True)
-
-
 def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--install", action="store_true", help="install the peers, and end")
@@ -161,6 +206,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=6.0, help="of each load")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--only", nargs="+", help="services by name")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/service.json"))
     return parser.parse_args()

@@ -5,18 +5,24 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import clipserve
 from benchmarks.embedding import pictures
 from benchmarks.service_peers import TEXT
+from clipserve.decoding import open_decoded
+from clipserve.embed import embed_pixels
 
 
 def main() -> None:
     model = clipserve.load(sys.argv[1])
+    jpegs = pictures(32)
+    resized = [model.transform.resize(open_decoded(jpeg, model.transform)) for jpeg in jpegs]
     found = {
         "texts": rate(model.embed_texts, [TEXT + str(i) for i in range(128)]),
-        "pictures": rate(model.embed_images, pictures(32)),
+        "pictures": rate(model.embed_images, jpegs),
+        "pictures, resized": rate(partial(embed_pixels, model), resized),
     }
     sys.stdout.write(json.dumps(found) + "\n")
 

@@ -52,9 +52,11 @@ class Load:
     """in which answers counted"""
     latencies_s: list[float] = field(default_factory=list)
     refused: int = 0
-    """answered with 429 or 503"""
+    """answered with 429"""
     failed: int = 0
     """answered with anything else but 200, or not at all"""
+    drain_s: float = 0.0
+    """of an open loop: from the last request to the last answer"""
 
     def summary(self, items: int) -> dict[str, float]:
         quantiles = np.quantile(self.latencies_s or [float("nan")], [0.5, 0.95, 0.99])
@@ -122,8 +124,9 @@ async def _open(target: Target, rate: float, seconds: float, seed: int) -> Load:
         due += random.exponential(1 / rate)
         await asyncio.sleep(max(0.0, due - time.perf_counter()))
         tasks.append(asyncio.create_task(one(due)))
+    last = time.perf_counter()
     await asyncio.gather(*tasks)
-    load.seconds = time.perf_counter() - started
+    load.seconds, load.drain_s = time.perf_counter() - started, time.perf_counter() - last
     for connection in free:
         connection.close()
     return load
@@ -132,7 +135,7 @@ async def _open(target: Target, rate: float, seconds: float, seed: int) -> Load:
 def _count(load: Load, status: int, seconds: float) -> None:
     if status == 200:
         load.latencies_s.append(seconds)
-    elif status in (429, 503):
+    elif status == 429:
         load.refused += 1
     else:
         load.failed += 1

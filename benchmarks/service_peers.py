@@ -1,12 +1,15 @@
-"""The services that the benchmark of ours compares: how each is installed, started and asked.
+"""The services that the benchmark of ours compares: how each is started and asked.
 
-A peer has an environment of its own below build/service. All serve a ViT-B/32 with the same random
-weights: ours from a model directory, Infinity from transformers' CLIPModel of them.
+A peer has an environment of its own (service_environments.py). All serve a ViT-B/32 with the same
+random weights: ours from a model directory, Infinity from transformers' CLIPModel of them,
+clip-server from open_clip's state.
 """
 
+import base64
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -15,7 +18,8 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+import numpy as np
 
 from benchmarks.service_load import Body, Target, numbered, pictures
 
@@ -25,7 +29,7 @@ _READY_S = 180.0
 
 @dataclass(frozen=True)
 class Peer:
-    """A service: `start` gives the command and its environment, `ask` a target by kind of work."""
+    """A service: `command` starts it on a folder of models and a port."""
 
     name: str
     command: Callable[[Path, int], Sequence[str]]
@@ -36,6 +40,8 @@ class Peer:
     """JSON of a request for one text"""
     wrap: Callable[[list[str]], object]
     """JSON of a request for pictures, given their base64"""
+    sign: bytes = b""
+    """what `health` answers with once it is ready, beside 200"""
 
     def target(self, port: int, jpegs: Sequence[bytes]) -> Target:
         """Requests for the pictures, or for one text where there are none."""
@@ -44,21 +50,33 @@ class Peer:
 
 
 @contextlib.contextmanager
-def running(peer: Peer, model: Path, threads: int) -> Iterator[tuple[int, float]]:
+def running(
+    peer: Peer, model: Path, threads: int, device: str = "cpu"
+) -> Iterator[tuple[int, float]]:
     """The port of a started service, and the seconds until it was ready."""
     port = free_port()
-    environment = os.environ | peer.environment | {"OMP_NUM_THREADS": str(threads)}
+    environment = os.environ | peer.environment | on(device, threads)
     with (model.parent / f"{peer.name.replace(' ', '-')}.log").open("wb") as log:
         started = time.perf_counter()
         process = subprocess.Popen(
-            peer.command(model, port), env=environment, stdout=log, stderr=subprocess.STDOUT
+            peer.command(model, port),
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
         try:
-            _wait(process, f"http://127.0.0.1:{port}{peer.health}", peer.name)
+            _wait(process, port, peer)
             yield port, time.perf_counter() - started
         finally:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)  # clip-server is several processes
             process.wait()
+
+
+def on(device: str, threads: int) -> dict[str, str]:
+    """The environment of a process that shall compute there: ours takes a GPU that it sees."""
+    hidden = {} if device == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}
+    return hidden | {"OMP_NUM_THREADS": str(threads)}
 
 
 def free_port() -> int:
@@ -67,30 +85,50 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def _wait(process: "subprocess.Popen[bytes]", url: str, name: str) -> None:
+def _wait(process: "subprocess.Popen[bytes]", port: int, peer: Peer) -> None:
+    name, url = peer.name, f"http://127.0.0.1:{port}{peer.health}"
     deadline = time.monotonic() + _READY_S
     while time.monotonic() < deadline:
         if process.poll() is not None:
             raise SystemExit(f"{name} ended with code {process.returncode}; its log says why")
         with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=2) as answer:
-            if answer.status == 200:
+            if answer.status == 200 and peer.sign in answer.read():
                 return
         time.sleep(0.05)
     raise SystemExit(f"{name} was not ready after {_READY_S:g} s")
 
 
-def uri(base64: str) -> str:
-    return f"data:image/jpeg;base64,{base64}"
+def vectors(target: Target, numbers: Sequence[int]) -> np.ndarray:
+    """(N, E) unit vectors: what the service answers to the requests of these numbers."""
+    found: list[np.ndarray] = []
+    headers = {"Content-Type": "application/json"}
+    for number in numbers:
+        url = f"http://{target.host}:{target.port}{target.path}"
+        request = urllib.request.Request(url, target.body(number), headers)
+        with urllib.request.urlopen(request, timeout=_READY_S) as answer:
+            items = json.load(answer)["data"]
+        found += [_vector(item["embedding"]) for item in items]
+    stacked = np.stack(found)
+    return stacked / np.linalg.norm(stacked, axis=1, keepdims=True)
 
 
-def ours() -> Peer:
+def _vector(value: str | list[float]) -> np.ndarray:
+    given = base64.b64decode(value) if isinstance(value, str) else np.array(value, "<f4").tobytes()
+    return np.frombuffer(given, "<f4")
+
+
+def uri(content: str) -> str:
+    return f"data:image/jpeg;base64,{content}"
+
+
+def ours(settings: dict[str, str] | None = None) -> Peer:
     return Peer(
         "clipserve",
         lambda model, port: [
             *(sys.executable, "-m", "clipserve", "serve", str(model / "clipserve")),
             *("--port", str(port)),
         ],
-        {},
+        settings or {},
         "/health/ready",
         "/v1/embeddings",
         {"input": [TEXT], "encoding_format": "base64"},
@@ -102,8 +140,8 @@ def ours() -> Peer:
     )
 
 
-def infinity(environment: Path, dtype: str) -> Peer:
-    """In its fastest setting on a CPU; no warm-up, for the benchmark warms all of them."""
+def infinity(environment: Path, dtype: str, device: str = "cpu") -> Peer:
+    """In its fastest setting; no warm-up, for the benchmark warms all of them."""
     return Peer(
         f"infinity {dtype}",
         lambda model, port: [
@@ -113,7 +151,7 @@ def infinity(environment: Path, dtype: str) -> Peer:
                 "--model-id",
                 str(model / "transformers"),
             ),
-            *("--served-model-name", "clip", "--engine", "torch", "--device", "cpu"),
+            *("--served-model-name", "clip", "--engine", "torch", "--device", device),
             *(
                 "--no-bettertransformer",
                 "--batch-size",
@@ -144,21 +182,52 @@ def infinity(environment: Path, dtype: str) -> Peer:
     )
 
 
+def clip_server(environment: Path, device: str = "cpu") -> Peer:
+    return Peer(
+        "clip-server",
+        lambda model, port: [
+            str(environment / "bin/python"),
+            str(Path(__file__).with_name("service_clip_server.py")),
+            *(str(model / "open_clip.pt"), str(port), device),
+        ],
+        {"NO_VERSION_CHECK": "1", "JINA_OPTOUT_TELEMETRY": "1"},
+        "/dry_run",
+        "/post",
+        {"data": [{"text": TEXT}], "execEndpoint": "/"},
+        lambda items: {
+            "data": [{"blob": item} for item in items],
+            "execEndpoint": "/",
+            "parameters": {"drop_image_content": True},
+        },
+        sign=b'"code":0',
+    )
+
+
+def make_checkpoint(path: Path, seed: int = 0) -> Path:
+    """A ViT-B/32 of random weights as a model directory, unless it is there."""
+    import torch
+
+    from clipserve import checkpoint
+    from clipserve.model import create
+
+    if not checkpoint.is_model_directory(path):
+        torch.manual_seed(seed)
+        checkpoint.save(create("ViT-B-32"), path, name="random")
+    return path
+
+
 def make_models(folder: Path, environment: Path) -> None:
     """One random ViT-B/32 as each of them reads it; `environment` is Infinity's."""
     import open_clip
     import torch
 
     from clipserve import checkpoint
-    from clipserve.model import create
 
+    model = make_checkpoint(folder / "clipserve")
     if (folder / "made").exists():
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(0)
-    model = create("ViT-B-32")
-    checkpoint.save(model, folder / "clipserve", name="random")
-    torch.save(model.network.state_dict(), folder / "open_clip.pt")
+    state = checkpoint.load(model, device="cpu", dtype="fp32").network.state_dict()
+    torch.save(state, folder / "open_clip.pt")
     script = Path(__file__).with_name("service_transformers.py")
     merges = Path(open_clip.__file__).with_name("bpe_simple_vocab_16e6.txt.gz")
     subprocess.run(
@@ -169,16 +238,3 @@ def make_models(folder: Path, environment: Path) -> None:
         check=True,
     )
     (folder / "made").touch()
-
-
-def versions(environment: Path, packages: Sequence[str]) -> dict[str, str]:
-    """Of packages in another environment."""
-    code = (
-        "import importlib.metadata as m, json, sys;"
-        "print(json.dumps({n: m.version(n) for n in sys.argv[1:]}))"
-    )
-    done = subprocess.run(
-        [environment / "bin/python", "-c", code, *packages], capture_output=True, check=True
-    )
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found

@@ -27,8 +27,9 @@ def shown_commands() -> list[tuple[str, str]]:
     for page in PAGES:
         for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL):
             for line in block.replace("\\\n", " ").splitlines():
-                if line.startswith("clipserve "):
-                    found.append((page.name, line.split("  #")[0].strip()))
+                command = re.match(r"(?:[A-Z_]+=\S+ )*(clipserve .*)", line)
+                if command:
+                    found.append((page.name, command[1].split("  #")[0].strip()))
     return found
 
 
@@ -146,8 +147,18 @@ def test_every_service_setting_is_documented() -> None:
     from service.settings import Settings
 
     text = (ROOT / "docs" / "service.md").read_text()
-    for name in Settings.model_fields:
-        assert f"CLIPSERVE_{name.upper()}" in text, name
+    for name, field in Settings.model_fields.items():
+        default = field.default
+        if field.default_factory is not None:
+            shown = "number of CPUs, or the container's share of them, at most 8"
+        elif default is None or default == ():
+            shown = "none"
+        elif isinstance(default, tuple):
+            shown = ",".join(map(str, default))
+        else:
+            shown = str(default).lower() if isinstance(default, bool) else str(default)
+        meaning = " ".join((field.description or "").split())
+        assert f"| `CLIPSERVE_{name.upper()}` | {shown} | {meaning} |" in text, name
 
 
 def test_links_between_pages_lead_somewhere() -> None:
@@ -176,6 +187,32 @@ def test_numbers_in_the_readme_are_the_committed_results() -> None:
         assert f"| {' | '.join(cells)} |" in text
 
 
+def test_numbers_of_the_service_are_the_committed_results() -> None:
+    text = (ROOT / "docs" / "service.md").read_text()
+    results = ROOT / "benchmarks" / "results"
+    report = json.loads((results / "service.json").read_text())
+    assert report["date"] in text
+    for work, row in report["loads"].items():
+        own, others = row["clipserve"], [row[name] for name in row if name != "clipserve"]
+        rates = [own["items_per_s"], max(other["items_per_s"] for other in others)]
+        waits = [own["p50_ms"], min(other["p50_ms"] for other in others)]
+        cells = [work, *(f"{rate:.1f}" for rate in rates), *(f"{wait:.0f}" for wait in waits)]
+        assert f"| {' | '.join(cells)} |" in text, work
+    startup = json.loads((results / "startup.json").read_text())
+    assert f"ready after {startup['ready_s']['median']:.1f} s" in text
+
+
+def test_numbers_of_training_are_the_committed_results() -> None:
+    text = (ROOT / "docs" / "training.md").read_text()
+    report = json.loads((ROOT / "benchmarks" / "results" / "train.json").read_text())
+    (row,) = report["results"].values()
+    assert report["date"] in text
+    for name in ("clipserve", "open_clip"):
+        rates = [row["samples_per_s"][name], row["samples_per_s"][f"{name} compiled"]]
+        assert f"| {name} | {rates[0]} | {rates[1]} |" in text
+    assert f"the faster ones is {row['ratio']}." in text
+
+
 def test_numbers_of_the_objectives_are_the_committed_results() -> None:
     text = (ROOT / "docs" / "objectives.md").read_text()
     report = json.loads((ROOT / "benchmarks" / "results" / "objectives.json").read_text())
@@ -189,6 +226,13 @@ def test_numbers_of_the_objectives_are_the_committed_results() -> None:
         assert shown in row, name
 
 
+def test_numbers_of_an_export_over_many_sizes_are_the_committed_results() -> None:
+    text = (ROOT / "docs" / "export.md").read_text()
+    report = json.loads((ROOT / "benchmarks" / "results" / "export_sizes.json").read_text())
+    for kind, row in report["results"].items():
+        assert f"| {kind} | {row['pictures']} | {row['least']:.6f} | {row['median']:.6f} |" in text
+
+
 def test_numbers_of_the_contrastive_loss_are_the_committed_results() -> None:
     text = (ROOT / "docs" / "objectives.md").read_text()
     report = json.loads((ROOT / "benchmarks" / "results" / "contrastive.json").read_text())
@@ -197,3 +241,32 @@ def test_numbers_of_the_contrastive_loss_are_the_committed_results() -> None:
         shown = [f"{int(size):,}", *cells, str(row["tiled / dense"])]
         assert f"| {' | '.join(shown)} |" in text
     assert f"tiles take {report['seconds']['tiled / dense']} of the dense time" in text
+
+
+def test_numbers_of_fine_tuning_are_the_committed_results() -> None:
+    text = (ROOT / "docs" / "finetune.md").read_text()
+    report = json.loads((ROOT / "benchmarks" / "results" / "finetune.json").read_text())
+    methods = report["methods"]
+    assert report["date"] in text
+    assert f"{report['steps']} steps" in text
+    shown = [f"| alpha | {' | '.join(methods)} |"]
+    for rows in zip(*(method["alphas"] for method in methods.values()), strict=True):
+        recalls = [
+            [f"{100 * row[task]['mean_r10']:.1f}" for task in ("old", "new")] for row in rows
+        ]
+        shown.append(f"| {rows[0]['alpha']:g} | {' | '.join(map(' / '.join, recalls))} |")
+    shares = [f"{method['trained_share']:.1%}" for method in methods.values()]
+    shown.append(f"| trained part | {' | '.join(shares)} |")
+    for words, key in (("its own gain", "gained"), ("the largest gain", "of_largest")):
+        alphas = [
+            [f"{row['alpha']:g}" for row in method["alphas"] if is_enough(row, key)]
+            for method in methods.values()
+        ]
+        cells = [", ".join(found) or "none" for found in alphas]
+        shown.append(f"| 95 % kept, 90 % of {words} at | {' | '.join(cells)} |")
+    for line in shown:
+        assert line in text
+
+
+def is_enough(row: dict[str, Any], key: str) -> bool:
+    return row["kept"] >= 0.95 and row[key] is not None and row[key] >= 0.9
