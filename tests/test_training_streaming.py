@@ -1,8 +1,11 @@
+import faulthandler
 import multiprocessing
 import os
 import signal
+import sys
 from dataclasses import fields
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -177,6 +180,31 @@ def test_a_killed_worker_is_one_clear_error(shards: ShardSet) -> None:
     os.kill(worker.pid, signal.SIGKILL)
     with pytest.raises(DataError, match=r"worker was killed.*data\.workers"):
         list(source)
+
+
+def test_a_worker_killed_with_a_lock_in_its_hands_is_too(
+    shards: ShardSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever lock of the loader it shares with its parent, it may be inside just then."""
+
+    def read(self: ShardSet, index: int) -> Sample:
+        frame: FrameType | None = sys._getframe()
+        while frame is not None and "done_event" not in frame.f_locals:
+            frame = frame.f_back
+        assert frame is not None
+        lock = getattr(frame.f_locals["done_event"], "_cond", None)
+        if lock is not None:
+            lock.acquire()
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError
+
+    monkeypatch.setattr(ShardSet, "read", read)
+    faulthandler.dump_traceback_later(60, exit=True)  # nothing else ends a wait for such a lock
+    try:
+        with pytest.raises(DataError, match="worker was killed"):
+            batches(stream(shards), 1, 1)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def test_too_few_samples_say_which_batch_size_fits(shards: ShardSet) -> None:

@@ -1,12 +1,15 @@
 """SIGTERM and SIGINT end a run after the step in hand, with a checkpoint; SIGUSR1 just saves."""
 
 import contextlib
+import copy
 import ctypes
 import enum
 import multiprocessing
+import multiprocessing.sharedctypes
 import signal
 import threading
 from collections.abc import Generator, Iterator
+from multiprocessing.context import BaseContext
 from types import FrameType
 from typing import Any
 
@@ -89,6 +92,27 @@ def begin_worker(worker: int) -> None:
     for number in (*_STOPPING, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+class _Flag:
+    """What torch's loader uses of an Event. Workers look at theirs all the time, and one that is
+    killed while it holds an Event's lock leaves its parent to wait for it for ever."""
+
+    def __init__(self) -> None:
+        self._is_set = multiprocessing.sharedctypes.RawValue(ctypes.c_bool)
+
+    def is_set(self) -> bool:
+        return bool(self._is_set.value)
+
+    def set(self) -> None:
+        self._is_set.value = True
+
+
+def worker_context() -> BaseContext:
+    """What a DataLoader makes its workers with, so that the death of one cannot block it."""
+    context = copy.copy(multiprocessing.get_context())
+    context.Event = _Flag  # type: ignore[method-assign, assignment]
+    return context
 
 
 def without_interruption(loader: DataLoader[Any]) -> Generator[Any]:

@@ -32,7 +32,7 @@ from training.decoding import decode_crop
 from training.distributed import ALONE, World
 from training.mixture import Mixture
 from training.order import Draw, OrderSettings, Position, Purpose, SampleOrder
-from training.signals import begin_worker, without_interruption
+from training.signals import begin_worker, without_interruption, worker_context
 
 _SHARDS_AHEAD = 4
 _BATCHES_AHEAD = 256
@@ -141,6 +141,7 @@ class Stream:
             prefetch_factor=_BATCHES_AHEAD_PER_WORKER if workers else None,
             pin_memory=pin,
             worker_init_fn=begin_worker,
+            multiprocessing_context=worker_context() if workers else None,
             # Its own: else starting the workers would draw from the generator that dropout uses.
             generator=torch.Generator(),
         )
