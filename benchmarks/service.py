@@ -6,9 +6,10 @@
 
 ViT-B/32, random weights. The services are up side by side and take turns; the load is closed-loop,
 of one text, one JPEG of 640x480, or eight, each another than all before, base64 vectors back.
-Beside it: the latency at 80 % of what 32 clients got out of ours, and what pictures and texts reach
-in process, which is the limit of the service. First the vectors of all services are compared. Exit
-code 1 unless every mark of the table "ratios" is met (service_ratios.py) and nothing failed.
+What pictures and texts reach in process, which is the limit of the service, is measured in the same
+turns. Beside it: the latency at 80 % of what 32 clients got out of ours. First the vectors of all
+services are compared. Exit code 1 unless every mark of the table "ratios" is met
+(service_ratios.py) and nothing failed.
 """
 
 import argparse
@@ -17,7 +18,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 from collections.abc import Sequence
 from datetime import date
@@ -28,6 +28,7 @@ from typing import Any
 from benchmarks import service_environments as environments
 from benchmarks.embedding import pictures as make_pictures
 from benchmarks.embedding import processor
+from benchmarks.service_in_process import InProcess
 from benchmarks.service_load import Target, closed_loop, open_loop
 from benchmarks.service_peers import (
     Peer,
@@ -45,6 +46,9 @@ FOLDER = Path("build/service")
 INFINITY, CLIP_SERVER = FOLDER / "infinity", FOLDER / "clip-server"
 WORK = {"1 text": 0, "1 picture": 1, "8 pictures": 8}
 """pictures in each request"""
+LIMITS = {"1 text": ("texts",), "1 picture": ("pictures", "pictures, resized")}
+"""what in process is their limit, once there are clients enough to fill a batch"""
+MANY = 32
 COMPARED = {
     "1 text": range(111_111_111_111, 999_999_999_999, 111_111_111_111),
     "8 pictures": [10**10],
@@ -64,7 +68,6 @@ def main() -> None:
         for peer in known(arguments.device)
         if not arguments.only or peer.name in arguments.only
     ]
-    in_process = [measure_in_process(arguments)]
     with contextlib.ExitStack() as stack:
         ports: dict[str, int] = {}
         ready: dict[str, float] = {}
@@ -72,10 +75,10 @@ def main() -> None:
             started = running(peer, FOLDER / "models", arguments.threads, arguments.device)
             ports[peer.name], ready[peer.name] = stack.enter_context(started)
         agreement = compare_vectors(peers, ports)
-        loads = measure(peers, ports, arguments)
+        environment = on(arguments.device, arguments.threads)
+        alone = stack.enter_context(InProcess.running(FOLDER / "models/clipserve", environment))
+        loads = measure(peers, ports, alone, arguments)
         paced = at_eighty_percent(peers[0], ports, loads) if peers[0].name == "clipserve" else {}
-    in_process.append(measure_in_process(arguments))  # a machine that may have others drifts
-    limits = {name: statistics.fmean(one[name] for one in in_process) for name in in_process[0]}
     report = {
         "benchmark": "service",
         "date": date.today().isoformat(),
@@ -90,10 +93,9 @@ def main() -> None:
         "rounds": arguments.rounds,
         "ready_s": {name: round(seconds, 1) for name, seconds in ready.items()},
         "agreement": agreement,
-        "ratios": ratios(loads, limits),
+        "ratios": ratios(loads),
         "loads": loads,
         "clipserve_at_80_percent_of_32_clients": paced,
-        "in_process_items_per_s": {name: round(value, 1) for name, value in limits.items()},
     }
     problems = find_problems(report)
     arguments.out.write_text(json.dumps(report | {"problems": problems}, indent=2) + "\n")
@@ -142,7 +144,7 @@ def compare_vectors(peers: Sequence[Peer], ports: dict[str, int]) -> dict[str, A
 
 
 def measure(
-    peers: Sequence[Peer], ports: dict[str, int], arguments: argparse.Namespace
+    peers: Sequence[Peer], ports: dict[str, int], alone: InProcess, arguments: argparse.Namespace
 ) -> dict[str, Any]:
     """By work, number of clients and service: the median of each number over the rounds."""
     found: dict[str, Any] = {}
@@ -151,11 +153,15 @@ def measure(
         for target in asked.values():
             closed_loop(target, 2, 1.0)  # first-time work
         for clients in arguments.clients:
-            rounds: dict[str, list[dict[str, float]]] = {name: [] for name in asked}
+            limits = LIMITS.get(work, ()) if clients >= MANY else ()
+            names = [*asked, *(f"in process: {kind}" for kind in limits)]
+            rounds: dict[str, list[dict[str, float]]] = {name: [] for name in names}
             for _ in range(arguments.rounds):
                 for name, target in asked.items():
                     load = closed_loop(target, clients, arguments.seconds)
                     rounds[name].append(load.summary(target.items))
+                for kind in limits:
+                    rounds[f"in process: {kind}"].append({"items_per_s": alone.rate(kind)})
             found[f"{work}, {clients} clients"] = row = {n: medians(r) for n, r in rounds.items()}
             tell(f"{work}, {clients} clients", row)
     return found
@@ -165,26 +171,12 @@ def at_eighty_percent(peer: Peer, ports: dict[str, int], loads: dict[str, Any]) 
     """Latency of ours at a steady rate of 80 % of its throughput, requests at random times."""
     found = {}
     for work in WORK:
-        capacity = loads.get(f"{work}, 32 clients", {}).get(peer.name, {}).get("items_per_s")
+        capacity = loads.get(f"{work}, {MANY} clients", {}).get(peer.name, {}).get("items_per_s")
         if capacity:
             target = targets(work, [peer], ports)[peer.name]
             rate = 0.8 * capacity / target.items
             found[work] = open_loop(target, rate, 20.0).summary(target.items)
             tell(f"{work}, 80 %", {peer.name: found[work]})
-    return found
-
-
-def measure_in_process(arguments: argparse.Namespace) -> dict[str, float]:
-    """Items a second with no service: service_in_process.py."""
-    command = [sys.executable, "-m", "benchmarks.service_in_process"]
-    environment = os.environ | on(arguments.device, arguments.threads)
-    done = subprocess.run(
-        [*command, FOLDER / "models/clipserve", str(arguments.rounds)],
-        capture_output=True,
-        check=True,
-        env=environment,
-    )
-    found: dict[str, float] = json.loads(done.stdout)
     return found
 
 

@@ -226,7 +226,7 @@ def make_models(folder: Path, environment: Path) -> None:
     model = make_checkpoint(folder / "clipserve")
     if (folder / "made").exists():
         return
-    state = checkpoint.load(model, device="cpu", dtype="fp32").network.state_dict()
+    state = checkpoint.load_for_training(model).network.state_dict()
     torch.save(state, folder / "open_clip.pt")
     script = Path(__file__).with_name("service_transformers.py")
     merges = Path(open_clip.__file__).with_name("bpe_simple_vocab_16e6.txt.gz")

@@ -38,20 +38,18 @@ MARKS = [
     Mark("8 pictures, 1 clients", "p50_ms", 0.5),
 ]
 LEAST_SERVED = 0.85
-"""of what is embedded in process, the most that any load got"""
+"""of what is embedded in process, in the load that gets most of it"""
 
 
-def ratios(loads: Loads, in_process: dict[str, float]) -> dict[str, Any]:
+def ratios(loads: Loads) -> dict[str, Any]:
     """By name: the value, what it is against, the mark, and whether it is met.
 
     What was not measured has no value, and its mark is not met.
     """
     found = {f"{mark.number}: {mark.load}": _beside_infinity(mark, loads) for mark in MARKS}
     for kind in ("texts", "pictures"):
-        found[f"served / in process: {kind}"] = _beside_in_process(kind, kind, loads, in_process)
-    found["served / towers alone: pictures"] = _beside_in_process(
-        "pictures", "pictures, resized", loads, in_process, bound=None
-    )
+        found[f"served / in process: {kind}"] = _beside_in_process(kind, loads, LEAST_SERVED)
+    found["served / towers alone: pictures"] = _beside_in_process("pictures, resized", loads, None)
     return found
 
 
@@ -79,7 +77,7 @@ def find_problems(report: dict[str, Any]) -> list[str]:
                 found.append(f"{work}: the vectors of {name} are others than ours: {row}")
     for load, services in report["loads"].items():
         for name, numbers in services.items():
-            if numbers["failed"] or numbers["refused"]:
+            if numbers.get("failed") or numbers.get("refused"):
                 found.append(f"{load}: requests of {name} were refused or failed")
     return found
 
@@ -98,20 +96,14 @@ def _beside_infinity(mark: Mark, loads: Loads) -> dict[str, Any]:
     return _row(value, best, mark.bound, mark.is_least)
 
 
-def _beside_in_process(
-    kind: str,
-    name: str,
-    loads: Loads,
-    in_process: dict[str, float],
-    bound: float | None = LEAST_SERVED,
-) -> dict[str, Any]:
+def _beside_in_process(kind: str, loads: Loads, bound: float | None) -> dict[str, Any]:
+    alone = f"in process: {kind}"
     served = [
-        services[OURS]["items_per_s"]
-        for load, services in loads.items()
-        if OURS in services and ("text" in load) == (kind == "texts")
+        services[OURS]["items_per_s"] / services[alone]["items_per_s"]
+        for services in loads.values()
+        if OURS in services and alone in services
     ]
-    value = max(served) / in_process[name] if served and name in in_process else None
-    return _row(value, f"in process: {name}", bound, is_least=True)
+    return _row(max(served, default=None), alone, bound, is_least=True)
 
 
 def _row(value: float | None, against: str, bound: float | None, is_least: bool) -> dict[str, Any]:

@@ -130,7 +130,7 @@ def load(
     """Load a model directory for inference.
 
     device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1"; dtype: "auto" (bf16 where the
-    device computes in it, see `clipserve.embed`), "fp32", "bf16". `verify` checks every file's
+    device is faster in it, see `clipserve.embed`), "fp32", "bf16". `verify` checks every file's
     sha256 first. Raises CheckpointError for a missing, damaged or newer directory.
     """
     from clipserve.embed import prepare

@@ -137,7 +137,7 @@ class TrainConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where to train; auto takes a GPU when there is one"""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
-    """bf16, fp16 (with a loss scale): autocast; auto: bf16 where CPU or GPU computes in it"""
+    """bf16, fp16 (with a loss scale): autocast; auto: bf16 where CPU or GPU is faster in it"""
     accum_freq: Annotated[int, Field(ge=1)] = 1
     """parts that a step's rows go through the towers in, for memory; batch_size counts them all"""
     grad_checkpointing: bool = False

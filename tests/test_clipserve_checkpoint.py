@@ -28,7 +28,7 @@ def copy(model_dir: Path, tmp_path: Path) -> Path:
 
 def test_what_is_saved_embeds_as_before(tiny_model: Model, tmp_path: Path) -> None:
     fingerprint = checkpoint.save(tiny_model, tmp_path / "m", name="m")
-    loaded = clipserve.load(tmp_path / "m", device="cpu", dtype="fp32")
+    loaded = checkpoint.load_for_training(tmp_path / "m")
     assert loaded.info.fingerprint == fingerprint
     pictures = [make_picture(seed=1), make_picture(90, 50, seed=2)]
     before = tiny_model.embed_images(pictures), tiny_model.embed_texts(TEXTS)
@@ -189,7 +189,7 @@ def test_an_albef_is_loaded_as_it_was_saved(tmp_path: Path) -> None:
     model = tiny_albef(tmp_path / "words")
     fingerprint = checkpoint.save(model, tmp_path / "m", name="m")
     shutil.rmtree(tmp_path / "words")
-    loaded = clipserve.load(tmp_path / "m", device="cpu", dtype="fp32")
+    loaded = checkpoint.load_for_training(tmp_path / "m")
     assert loaded.info.fingerprint == fingerprint
     assert loaded.architecture == model.architecture
     before, after = model.network.state_dict(), loaded.network.state_dict()

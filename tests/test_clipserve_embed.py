@@ -1,5 +1,6 @@
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -87,9 +88,28 @@ def test_a_model_that_bf16_would_change_stays_in_fp32_and_says_so(
     assert model.bf16_cosine is not None
     assert "stays in fp32, for bf16 has a cosine to it of only" in caplog.text
     assert {p.dtype for p in model.parameters()} == {p.dtype for p in exact.parameters()}
+    assert [type(m) for m in model.network.modules()] == [type(m) for m in exact.network.modules()]
 
 
-def test_texts_are_the_same_in_any_layout(model_dir: Path) -> None:
+@pytest.mark.parametrize(
+    ("capabilities", "computes"),
+    [
+        ({"cpu_name": "Intel Xeon", "amx_bf16": True, "avx512_bf16": True}, True),
+        ({"cpu_name": "Intel Xeon", "amx_bf16": False, "avx512_bf16": True}, False),
+        ({"cpu_name": "AMD EPYC", "avx512_bf16": True}, True),
+        ({"cpu_name": "AMD EPYC", "avx512_bf16": False}, False),
+        ({}, False),
+    ],
+)
+def test_bf16_is_for_processors_that_are_faster_in_it(
+    capabilities: dict[str, Any], computes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert embed.computes_bf16(torch.device("cpu")) is computes
+
+
+def test_texts_are_the_same_in_any_layout(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._C, "_has_mkldnn", False)  # where nothing can be packed
     usual = checkpoint.load_for_training(model_dir)  # as open_clip runs it
     ours = clipserve.load(model_dir, device="cpu", dtype="fp32")
     assert ours.network.transformer.batch_first is False

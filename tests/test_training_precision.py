@@ -12,7 +12,7 @@ from torch import Tensor
 
 from clipserve.config import load_config
 from clipserve.errors import ConfigError
-from training.distributed import ALONE
+from training.distributed import ALONE, World
 from training.loop import train
 from training.precision import LossScale, Precision, choose
 from training.recipe import Run
@@ -160,6 +160,12 @@ def test_auto_is_what_the_device_computes_in(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr("training.precision.computes_bf16", lambda _, it=computes: it)
         assert choose("auto", CPU) == Precision(name)
     assert choose("fp32", CPU).autocast is None
+
+
+def test_all_ranks_take_what_rank_0_finds_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.precision.computes_bf16", lambda _: True)
+    monkeypatch.setattr(World, "tell", lambda self, own: "fp32")
+    assert choose("auto", CPU, World(1, 2)) == Precision("fp32")
 
 
 @pytest.mark.parametrize("wanted", ["bf16", "fp16"])

@@ -206,7 +206,8 @@ def blank(model: Model) -> tuple[Tensor, Tensor]:
 def ask_teacher(step: Step, teacher: Model) -> tuple[Tensor, Tensor]:
     """The teacher's unit vectors (B, E') of this rank's pictures and captions.
 
-    It sees the student's crop, at its own size, and the caption through its own tokenizer.
+    It sees the student's crop, at its own size, and the caption through its own tokenizer, and
+    computes in the dtype that was found good enough for it.
     """
     if not step.batch.samples:  # towers want a row
         nothing = step.image.new_zeros(0, teacher.embed_dim)
@@ -220,7 +221,8 @@ def ask_teacher(step: Step, teacher: Model) -> tuple[Tensor, Tensor]:
         return image, teacher.encode_text(ids[rows])
 
     pixels, ids = step.batch.pixels, ids.to(teacher.device)
-    image, text = step.networks.parts(encode, len(ids), pixels, ids)
+    with torch.autocast(teacher.device.type, enabled=False):
+        image, text = step.networks.parts(encode, len(ids), pixels, ids)
     return image, text
 
 

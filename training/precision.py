@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clipserve.embed import computes_bf16
 from clipserve.errors import ConfigError
+from training.distributed import ALONE, World
 from training.fsdp import scale_gradients
 from training.state import Counters
 
@@ -43,13 +44,13 @@ class Precision:
         return self.name == "fp16"
 
 
-def choose(wanted: str, device: torch.device) -> Precision:
+def choose(wanted: str, device: torch.device, world: World = ALONE) -> Precision:
     """What `train.precision` means on a device; sets torch's switches for TF32, which are global.
 
-    Raises ConfigError for tf32 where there is none.
+    "auto" is what rank 0 finds best, on all ranks. Raises ConfigError for tf32 where there is none.
     """
     if wanted == "auto":
-        wanted = "bf16" if computes_bf16(device) else "fp32"
+        wanted = world.tell("bf16" if computes_bf16(device) else "fp32")
     if wanted == "tf32" and not _computes_tf32(device):
         raise ConfigError(
             f"train.precision = tf32 needs a GPU that has it (compute capability 8.0 or more), not"

@@ -92,7 +92,7 @@ def prepare(config: Config, data: Data, world: World, vocabulary: Path | None = 
     for module in (model.network, *modules_of(networks).values()):
         world.same_weights(module)
     ema = Twin(model.network, config.train.ema) if config.train.ema else None
-    precision = choose_precision(config.train.precision, device)
+    precision = choose_precision(config.train.precision, device, world)
     targets, still = _choose(config, networks)
     frozen = _freeze(config, networks, still)
     work = measure(model, find_peak(device, precision, config.train.peak_tflops))
