@@ -27,7 +27,8 @@ from PIL import Image
 
 import clipserve
 from clipserve import checkpoint
-from clipserve.model import create
+from clipserve.embed import describe_precision
+from clipserve.model import Model, create
 
 PACKAGES = ("torch", "open_clip_torch", "pillow", "numpy")
 Embed = Callable[[list[Any]], np.ndarray]
@@ -44,8 +45,10 @@ def main() -> None:
         directory = Path(folder) / "model"
         torch.manual_seed(0)
         checkpoint.save(create(arguments.architecture), directory, name="random")
-        image_variants, text_variants = build_variants(directory)
+        ours = clipserve.load(directory)
+        image_variants, text_variants = build_variants(ours, directory)
         results = {
+            "clipserve": describe_precision(ours),
             "pictures": measure(image_variants, pictures(), arguments),
             "texts": measure(text_variants, texts(), arguments),
         }
@@ -68,9 +71,8 @@ def main() -> None:
     arguments.out.write_text(json.dumps(report, indent=2) + "\n")
 
 
-def build_variants(directory: Path) -> tuple[dict[str, Embed], dict[str, Embed]]:
+def build_variants(ours: Model, directory: Path) -> tuple[dict[str, Embed], dict[str, Embed]]:
     """Functions from a list of items to unit vectors, by name; ours first."""
-    ours = clipserve.load(directory)
     model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{directory}")
     model = model.eval().to(ours.device)
     tokenizer = open_clip.get_tokenizer(f"local-dir:{directory}")
@@ -150,10 +152,12 @@ def texts(count: int = 32) -> list[str]:
 
 
 def processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
+    """Its name, and which units for bf16 it has: virtual machines of one name differ in that."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    capabilities = torch.cpu.get_capabilities()
+    units = [unit for unit in ("amx_bf16", "avx512_bf16") if capabilities.get(unit)]
+    return ", ".join([names[0] if names else platform.processor(), *units])
 
 
 if __name__ == "__main__":

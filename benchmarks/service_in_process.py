@@ -50,6 +50,7 @@ class InProcess:
 def main() -> None:
     import clipserve
     from benchmarks.embedding import pictures
+    from benchmarks.service_load import DIGITS
     from benchmarks.service_peers import TEXT
     from clipserve.decoding import open_decoded
     from clipserve.embed import embed_pixels
@@ -58,7 +59,7 @@ def main() -> None:
     jpegs = pictures(32)
     resized = [model.transform.resize(open_decoded(jpeg, model.transform)) for jpeg in jpegs]
     works: dict[str, tuple[Callable[[list[Any]], Any], list[Any]]] = {
-        "texts": (model.embed_texts, [TEXT + str(i) for i in range(128)]),
+        "texts": (model.embed_texts, [TEXT.replace("@@", f"{i:0{DIGITS}d}") for i in range(128)]),
         "pictures": (model.embed_images, jpegs),
         "pictures, resized": (partial(embed_pixels, model), resized),
     }

@@ -19,7 +19,8 @@ import numpy as np
 Body = Callable[[int], bytes]
 """the body of the n-th request"""
 
-_DIGITS = 12
+DIGITS = 12
+"""of the number that makes each request another"""
 _SETTLE = 0.15
 """part of the time that passes before answers count"""
 
@@ -177,9 +178,9 @@ class Connection:
 
 
 def numbered(template: object, place: str) -> Body:
-    """JSON whose text `place` becomes the number of the request, in twelve digits."""
+    """JSON whose text `place` becomes the number of the request, in DIGITS digits."""
     before, after = json.dumps(template).encode().split(place.encode())
-    return lambda number: before + f"{number:0{_DIGITS}d}".encode() + after
+    return lambda number: before + f"{number:0{DIGITS}d}".encode() + after
 
 
 def pictures(jpegs: list[bytes], wrap: Callable[[list[str]], object]) -> Body:
@@ -199,7 +200,7 @@ def pictures(jpegs: list[bytes], wrap: Callable[[list[str]], object]) -> Body:
     def body(number: int) -> bytes:
         parts = []
         for index, piece in enumerate(pieces):
-            comment = f"{number * len(pieces) + index:0{_DIGITS}d}".encode()
+            comment = f"{number * len(pieces) + index:0{DIGITS}d}".encode()
             start = b"\xff\xd8\xff\xfe" + (len(comment) + 2).to_bytes(2, "big") + comment
             parts += [piece, base64.b64encode(start)]
         return b"".join([*parts, last])

@@ -2,11 +2,12 @@
 
     python -m benchmarks.train [--rounds 5] [--only tiny] [--device cuda] [--out FILE.json]
 
-The same architecture, batch, optimizer and number of worker processes; each trainer once as it is
-and once with its towers compiled. All are started, and stopped (SIGSTOP) when their queues are full
-and their towers compiled; then they take turns of some steps each, so that an hour in which the
-machine is slow is slow for all. The median of the turns counts, and the median of their ratios.
-`mfu` is the part of the GPU's bf16 peak that ours computes for the towers.
+The same architecture, batch, optimizer, number of worker processes and precision (bf16 where the
+machine is faster in it, else fp32); each trainer once as it is and once with its towers compiled.
+All are started, and stopped (SIGSTOP) when their queues are full and their towers compiled; then
+they take turns of some steps each, so that an hour in which the machine is slow is slow for all.
+The median of the turns counts, and the median of their ratios. `mfu` is the part of the GPU's bf16
+peak that ours computes for the towers.
 """
 
 import argparse
@@ -33,6 +34,7 @@ import torch
 from benchmarks.embedding import processor
 from benchmarks.loader import FASHION, WEBDATASET, make_environment
 from clipserve.config import load_config
+from clipserve.embed import computes_bf16
 from clipserve.model import architecture_config
 
 PACKAGES = ("torch", "open_clip_torch", "numpy")
@@ -142,6 +144,7 @@ def main() -> None:
         "rounds": arguments.rounds,
         "date": date.today().isoformat(),
         "machine": {"processor": processor(), "cores": os.cpu_count()} | gpu,
+        "precision": precision(arguments.device),
         "versions": {name: version(name) for name in PACKAGES}
         | {"python": platform.python_version(), "webdataset of open_clip": WEBDATASET},
         "results": results,
@@ -177,6 +180,11 @@ def compare(case: Case, contenders: list[Contender], rounds: int) -> dict[str, A
         ratios = [a / b for a, b in zip(found[best], found[rival], strict=True)]
         summary |= {"best": best, "rival": rival, "ratio": round(statistics.median(ratios), 2)}
     return summary
+
+
+def precision(device: str) -> str:
+    """What all of them compute in."""
+    return "bf16" if computes_bf16(torch.device(device)) else "fp32"
 
 
 def harmonic(speeds: list[float]) -> float:
@@ -215,7 +223,7 @@ def settings_of(case: Case, out: Path) -> list[str]:
         f"train.steps={ENDLESS}",
         f"data.workers={case.workers}",
         "train.log_every=1",
-        "train.precision=bf16",
+        f"train.precision={precision(case.device)}",
         f"train.device={case.device}",
     ]
 
@@ -240,7 +248,7 @@ def open_clip(case: Case, contender: Contender, folder: Path) -> list[Any]:
         "batch-size": case.batch_size,
         "workers": config.data.workers,
         "epochs": 1,
-        "precision": "amp_bf16",
+        "precision": {"bf16": "amp_bf16", "fp32": "fp32"}[precision(case.device)],
         "lr": optim.lr,
         "wd": optim.weight_decay,
         "warmup": optim.warmup_steps,

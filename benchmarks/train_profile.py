@@ -6,8 +6,8 @@ Each way is a process of its own, on the shards and with the settings of benchma
 has torch's fused attention kernel and texts of full length, as most trainers have; `as it is` has
 the plain kernel and texts cut to the longest of the batch; `compiled` compiles the towers too.
 Shares are of the time on the main thread, by torch's profiler, in steps after the first ones.
-`peak` is what a large bf16 matrix product reaches right before and after; `mfu` is the part of it
-that the towers' FLOPs make, in steps that are not profiled.
+`peak` is what a large matrix product of the same precision reaches right before and after; `mfu` is
+the part of it that the towers' FLOPs make, in steps that are not profiled.
 """
 
 import argparse
@@ -32,8 +32,9 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.embedding import processor
-from benchmarks.train import CASES, Case, settings_of
+from benchmarks.train import CASES, Case, precision, settings_of
 from clipserve.config import load_config
+from clipserve.embed import DTYPES
 from clipserve.model import Model
 from training import loop
 from training.recipe import Run
@@ -71,6 +72,8 @@ def main() -> None:
         "date": date.today().isoformat(),
         "machine": {"processor": processor(), "cores": os.cpu_count()},
         "versions": {"python": platform.python_version(), "torch": version("torch")},
+        "precision": precision("cpu"),
+        "bf16_product_gflops": round(matmul_flops(torch.bfloat16) / 1e9),
         "ways": ways,
     }
     arguments.out.write_text(json.dumps(report, indent=2) + "\n")
@@ -78,7 +81,8 @@ def main() -> None:
 
 def print_found(arguments: argparse.Namespace) -> None:
     case, steps = CASES[arguments.case], arguments.steps
-    before = matmul_flops()
+    dtype = DTYPES[precision("cpu")]
+    before = matmul_flops(dtype)
     with contextlib.ExitStack() as stack:
         if arguments.way == "naive":
             for module in ("step", "precision"):
@@ -93,7 +97,7 @@ def print_found(arguments: argparse.Namespace) -> None:
         config = load_config(None, [*settings_of(case, folder / "run"), compiled])
         with contextlib.suppress(Enough):
             loop.train(config)
-    peak = (before + matmul_flops()) / 2
+    peak = (before + matmul_flops(dtype)) / 2
     found = watch.summary()
     found |= {"peak_gflops": round(peak / 1e9), "mfu": round(watch.flops_per_s / peak, 3)}
     sys.stdout.write(json.dumps(found) + "\n")
@@ -150,9 +154,9 @@ def kind_of(operator: str) -> str:
     return next(fitting, "else")
 
 
-def matmul_flops(size: int = 2048, times: int = 8) -> float:
-    """FLOP/s of a bf16 matrix product of torch's; the best of a few."""
-    left, right = torch.randn(2, size, size, dtype=torch.bfloat16)
+def matmul_flops(dtype: torch.dtype, size: int = 2048, times: int = 8) -> float:
+    """FLOP/s of a matrix product of torch's; the best of a few."""
+    left, right = torch.randn(2, size, size, dtype=dtype)
     spent = []
     for _ in range(times):
         began = time.perf_counter()

@@ -1,7 +1,8 @@
 """One model's queue: the items of all requests meet here and leave in batches.
 
 A batch is formed at the moment the model is free, of everything that arrived while the last one
-ran: nothing sleeps, polls or waits for more. What waits is prepared already, on the device if that
+ran: nothing sleeps or polls, and what is waited for is only the rest of a request that is being
+decoded right now. What waits is prepared already, on the device if that
 is a GPU, so forming a batch takes no time that the device could use. Start at `Batcher.admit`. Life
 of an item: admitted (it has a slot), prepared elsewhere, `put` into the queue, run, settled with an
 answer or an error (the slot is free). A request that cannot be answered by its deadline is
@@ -177,6 +178,7 @@ class Batcher:
             ]
             late_s = self._late_s(job, kind, priority, len(items))
             for item in items:
+                job.prepared(item.index)
                 if self._closing:
                     refused.append(item)
                 elif late_s is None:
@@ -186,6 +188,12 @@ class Batcher:
             item.settle(NotReady(_CLOSING))
         if late_s is not None:
             self._drop(job, _too_late(late_s))
+
+    def leave_out(self, job: Job, index: int) -> None:
+        """An item that was being prepared will not be put: its answer comes from elsewhere."""
+        job.prepared(index)
+        with self._lock:
+            self._arrived.notify()
 
     def abandon(self, job: Job) -> None:
         """Nobody waits for this job any more: its items leave the queue, its slots are free."""
@@ -281,14 +289,14 @@ class Batcher:
         """Wait for a batch; None if this worker is to end."""
         with self._lock:
             self._arrived.wait_for(
-                lambda: self._closing or worker not in self._workers or bool(self._schedule)
+                lambda: self._closing or worker not in self._workers or self._schedule.is_ready
             )
             if self._closing or worker not in self._workers:
                 self._arrived.notify()  # it may have been meant for another
                 return None
             batch = self._schedule.next_batch()
             worker.hold(batch)
-            if self._schedule:
+            if self._schedule.is_ready:
                 self._arrived.notify()
             if not self._is_watching:
                 self._watch.notify()
@@ -334,6 +342,8 @@ class Batcher:
     def _free_slot(self) -> None:
         with self._lock:
             self._open_items -= 1
+            if self._schedule:  # what waited for this item to be prepared waits no longer
+                self._arrived.notify()
 
     def _retry_after_s(self) -> int:
         """When all that is waiting now will have been answered, at the pace seen so far."""

@@ -217,10 +217,12 @@ class Pipeline:
             self._submit_texts(request, texts)
 
     def _submit_picture(self, request: _Request, index: int, call: Callable[[], None]) -> None:
+        request.job.prepare([index])
         self._decoders.submit(request.job, [index], call, request.priority)
 
     def _submit_texts(self, request: _Request, texts: list[tuple[int, str]]) -> None:
         indices, tokenize = [index for index, _ in texts], partial(self._tokenize, request, texts)
+        request.job.prepare(indices)
         self._tokenizer_thread.submit(request.job, indices, tokenize, request.priority)
 
     # The cache
@@ -312,6 +314,8 @@ class Pipeline:
         data = item.read()
         if self._is_mine(request, index, "image", data):
             self._decode(request, index, data)
+        else:
+            self.batcher.leave_out(request.job, index)
 
     def _decode(self, request: _Request, index: int, data: bytes) -> None:
         if request.job.is_settled(index):

@@ -2,14 +2,15 @@
 
 Bookkeeping alone: no threads, no clock, nothing locked (the caller holds a lock). Kinds never mix
 in a batch. Urgent items go first, interactive ones before bulk; among equals requests take turns,
-an item each, so that a long request does not hold up the short ones behind it. Start at
-`Schedule.next_batch`.
+an item each, so that a long request does not hold up the short ones behind it. Of a request whose
+other items are being decoded right now no item begins a batch: eight pictures sent together would
+be a batch of one and one of seven. Start at `Schedule.next_batch`.
 """
 
 import itertools
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -44,6 +45,7 @@ class Job:
         self._free_slot = free_slot
         self._lock = threading.Lock()
         self._watchers: dict[int, Callable[[Any], None]] = {}
+        self._preparing: set[int] = set()
         self.notes = notes()
         self.notes.items += size
         if not size:
@@ -58,6 +60,7 @@ class Job:
             self._unsettled -= 1
             last = self._unsettled == 0
             watcher = self._watchers.pop(index, None)
+            self._preparing.discard(index)
         self._free_slot()
         if watcher is not None:
             watcher(result)
@@ -75,6 +78,21 @@ class Job:
 
     def is_settled(self, index: int) -> bool:
         return self.results[index] is not None
+
+    def prepare(self, indices: Iterable[int]) -> None:
+        """These are being decoded or tokenised, until they are `prepared` or settled."""
+        with self._lock:
+            self._preparing.update(i for i in indices if self.results[i] is None)
+
+    def prepared(self, index: int) -> None:
+        """It is in the queue, or is waited for elsewhere."""
+        with self._lock:
+            self._preparing.discard(index)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing of it is being prepared."""
+        return not self._preparing
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,6 +141,15 @@ class Schedule:
 
     def __bool__(self) -> bool:
         return any(self._lanes.values())
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a batch may begin: not with a part of requests whose rest is being prepared right
+        now, unless it fills the batch."""
+        return any(
+            lane.is_ready(self._size(priority, kind))
+            for (priority, kind), lane in self._lanes.items()
+        )
 
     def next_batch(self) -> list[Item]:
         """Take out a batch: of the most pressing priority, the kind that waited longest."""
@@ -182,6 +209,14 @@ class _Lane:
             if items:
                 self._jobs[job] = (next(self._turns), items)
         return taken
+
+    def is_ready(self, size: int) -> bool:
+        count = 0
+        for job, (_, items) in self._jobs.items():
+            count += len(items)
+            if job.is_whole or count >= size:
+                return True
+        return False
 
     def take_all(self) -> list[Item]:
         items = [item for _, own in self._jobs.values() for item in own]

@@ -126,6 +126,34 @@ def test_what_arrives_while_the_model_runs_leaves_in_one_batch(batcher, encoder)
     assert encoder.batches[1] == ("text", [1.0, 2.0, 3.0, 4.0, 5.0])
 
 
+@pytest.mark.parametrize("end", ["put", "settled", "left out"])
+def test_an_idle_model_waits_for_what_is_being_prepared_of_a_request(batcher, encoder, end):
+    job = batcher.admit(3)
+    job.prepare(range(3))
+    batcher.put(job, "text", [(0, 0.0)])
+    batcher.put(job, "text", [(1, 1.0)])
+    assert not encoder.entered.acquire(timeout=0.1)
+    if end == "put":
+        batcher.put(job, "text", [(2, 2.0)])
+    elif end == "settled":
+        job.settle(2, ValueError("cannot be read"))
+    else:
+        batcher.leave_out(job, 2)
+    assert encoder.entered.acquire(timeout=WAIT_S)
+    assert encoder.batches == [("text", [0.0, 1.0, 2.0] if end == "put" else [0.0, 1.0])]
+
+
+def test_an_abandoned_request_holds_nobody_up(batcher, encoder):
+    gone, job = batcher.admit(2), batcher.admit(2)
+    for one in (gone, job):
+        one.prepare(range(2))
+        batcher.put(one, "text", [(0, 1.0)])
+    batcher.abandon(gone)
+    batcher.put(job, "text", [(1, 2.0)])
+    assert rows(job) == [[2.0], [4.0]]
+    assert encoder.batches == [("text", [1.0, 2.0])]
+
+
 def test_interactive_items_overtake_bulk(batcher, encoder):
     hold(batcher, encoder)
     bulk = submit(batcher, *[100.0 + i for i in range(6)], priority="bulk")

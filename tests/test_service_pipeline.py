@@ -214,6 +214,24 @@ def test_the_same_content_asked_at_once_is_computed_once(pipeline, observer):
         np.testing.assert_array_equal(answer.rows(), answers[0].rows())
 
 
+def test_pictures_sent_together_are_embedded_together(pipeline, observer):
+    embed(pipeline, *(picture(seed) for seed in range(7)))
+    assert observer.sizes == [("image", 7)]
+
+
+def test_requests_that_wait_for_each_others_pictures_are_all_answered(pipeline):
+    async def scenario(turn: int):
+        pictures = [picture(10 * turn + i) for i in range(3)]
+        orders = (pictures, pictures[::-1], [pictures[1], pictures[1], pictures[0]])
+        async with asyncio.timeout(WAIT_S):
+            return await asyncio.gather(*(pipeline.embed(order) for order in orders))
+
+    for turn in range(20):
+        first, second, third = (answer.rows() for answer in asyncio.run(scenario(turn)))
+        np.testing.assert_array_equal(first, second[::-1])
+        np.testing.assert_array_equal(first[[1, 1, 0]], third)
+
+
 def test_who_waits_for_anothers_picture_computes_it_when_the_other_is_gone(pipeline, observer):
     async def scenario():
         gate = Gate(pipeline)

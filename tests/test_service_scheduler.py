@@ -88,6 +88,45 @@ def test_urgent_goes_first_and_takes_others_of_its_kind_along(schedule):
     assert batch(schedule) == [99, 2]
 
 
+def test_a_part_of_a_request_waits_for_what_is_being_prepared_of_it(schedule):
+    job = Job(3, lambda: None)
+    assert not schedule.is_ready
+    job.prepare([0, 1, 2])
+    job.prepared(0)
+    put(schedule, 0, kind="image", job=job)
+    assert schedule
+    assert not schedule.is_ready
+    job.prepared(1)
+    assert not schedule.is_ready
+    job.settle(2, ValueError("cannot be read"))
+    assert schedule.is_ready
+
+
+def test_a_whole_request_takes_the_parts_of_others_along(schedule):
+    job = Job(2, lambda: None)
+    job.prepare([1])
+    put(schedule, 0, kind="image", job=job)
+    put(schedule, 9, kind="image")
+    assert schedule.is_ready
+    assert batch(schedule) == [0, 9]
+
+
+def test_a_part_that_fills_a_batch_waits_for_nothing(schedule):
+    job = Job(9, lambda: None)
+    job.prepare([8])
+    put(schedule, *range(3), kind="image", job=job)
+    assert not schedule.is_ready
+    schedule.add(Item(job, 3, "image", 3, "interactive", 0.0))
+    assert schedule.is_ready
+
+
+def test_what_is_settled_is_not_prepared_any_more():
+    job = Job(2, lambda: None)
+    job.settle(0, "found")
+    job.prepare([0])
+    assert job.is_whole
+
+
 def test_a_dropped_job_leaves_nothing(schedule):
     gone = put(schedule, 1, 2)
     put(schedule, 3)

@@ -2,6 +2,7 @@
 
 import signal
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -112,10 +113,15 @@ def test_a_server_that_goes_away_is_told_once_and_ends_no_run(
     mlflow.end_run.assert_called_once_with("FINISHED")
 
 
-def test_a_store_that_cannot_be_opened_is_one_line(tmp_path: Path, mlflow: MagicMock) -> None:
+def test_a_store_that_cannot_be_opened_is_one_line_and_ends_those_before_it(
+    tmp_path: Path, wandb: MagicMock, mlflow: MagicMock
+) -> None:
     mlflow.start_run.side_effect = RuntimeError("no such store\ntry another")
+    threads = set(threading.enumerate())
     with pytest.raises(ConfigError, match=r"mlflow cannot be opened: no such store try another"):
-        open_sinks(config(tmp_path, "mlflow"), 0)
+        open_sinks(config(tmp_path, "wandb", "mlflow"), 0)
+    wandb.init.return_value.finish.assert_called_once_with(exit_code=1)
+    assert set(threading.enumerate()) <= threads  # TensorBoard's writer
 
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])

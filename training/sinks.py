@@ -46,19 +46,28 @@ def open_sinks(config: Config, start_step: int) -> list[Sink]:
     """TensorBoard, and what `train.report_to` names."""
     out = Path(config.out)
     sinks: list[Sink] = [TensorBoard(out, start_step)]
+    try:
+        for name in config.train.report_to:
+            sinks.append(_open(name, out, config))
+    except BaseException:
+        for sink in sinks:
+            sink.close(is_finished=False)
+        raise
+    return sinks
+
+
+def _open(name: str, out: Path, config: Config) -> "_Remote":
     kinds: dict[str, type[WeightsAndBiases | MLflow]]
     kinds = {"wandb": WeightsAndBiases, "mlflow": MLflow}
-    for name in config.train.report_to:
-        file = out / f"{name}.id"
-        before = file.read_text() if file.exists() else None
-        try:
-            sink = kinds[name](out, config, before)
-        except Exception as error:  # of any kind: a server, an account, a store
-            reason = " ".join(str(error).split())[:300]
-            raise ConfigError(f"train.report_to = {name} cannot be opened: {reason}") from error
-        write_atomic(file, sink.id)
-        sinks.append(_Remote(name, sink))
-    return sinks
+    file = out / f"{name}.id"
+    before = file.read_text() if file.exists() else None
+    try:
+        sink = kinds[name](out, config, before)
+    except Exception as error:  # of any kind: a server, an account, a store
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(f"train.report_to = {name} cannot be opened: {reason}") from error
+    write_atomic(file, sink.id)
+    return _Remote(name, sink)
 
 
 class _Remote:
