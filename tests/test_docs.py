@@ -190,15 +190,22 @@ def test_numbers_in_the_readme_are_the_committed_results() -> None:
 def test_numbers_of_the_service_are_the_committed_results() -> None:
     text = (ROOT / "docs" / "service.md").read_text()
     results = ROOT / "benchmarks" / "results"
-    report = json.loads((results / "service.json").read_text())
-    assert report["date"] in text
-    for work, row in report["loads"].items():
-        own = row["clipserve"]
-        others = [row[name] for name in row if not name.startswith(("clipserve", "in process"))]
-        rates = [own["items_per_s"], max(other["items_per_s"] for other in others)]
-        waits = [own["p50_ms"], min(other["p50_ms"] for other in others)]
-        cells = [work, *(f"{rate:.1f}" for rate in rates), *(f"{wait:.0f}" for wait in waits)]
-        assert f"| {' | '.join(cells)} |" in text, work
+    for name, services in (
+        ("service_amx.json", ("clipserve", "infinity")),
+        ("service.json", ("clipserve", "infinity", "clip-server")),
+    ):
+        report = json.loads((results / name).read_text())
+        assert report["date"] in text
+        for work, row in report["loads"].items():
+            found = {who: [row[one] for one in row if one.startswith(who)] for who in services}
+            rates = [max(one["items_per_s"] for one in found[who]) for who in services]
+            waits = [min(one["p50_ms"] for one in found[who]) for who in services]
+            cells = [work, *(f"{rate:.1f}" for rate in rates), *(f"{wait:.0f}" for wait in waits)]
+            assert f"| {' | '.join(cells)} |" in text, work
+    paced = report["clipserve_at_80_percent_of_32_clients"]
+    for what in ("text", "picture"):
+        times = paced[f"1 {what}"]
+        assert f"a {what} took {times['p50_ms']:.0f} ms (p99 {times['p99_ms']:.0f})" in text
     startup = json.loads((results / "startup.json").read_text())
     assert f"ready after {startup['ready_s']['median']:.1f} s" in text
 
