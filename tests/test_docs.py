@@ -206,6 +206,10 @@ def test_numbers_of_the_service_are_the_committed_results() -> None:
     for what in ("text", "picture"):
         times = paced[f"1 {what}"]
         assert f"a {what} took {times['p50_ms']:.0f} ms (p99 {times['p99_ms']:.0f})" in text
+    overload = json.loads((results / "overload.json").read_text())
+    shares = [f"{row['goodput_share']:.2f}" for row in overload["overload"].values()]
+    assert f"answered {shares[0]} of it in texts and {shares[1]} in pictures" in text
+    assert f"failed none of {overload['reloads']['answered']:,}" in text
     startup = json.loads((results / "startup.json").read_text())
     assert f"ready after {startup['ready_s']['median']:.1f} s" in text
 
