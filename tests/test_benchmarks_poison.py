@@ -24,7 +24,7 @@ GOOD = Good({"input": ["a"]}, np.array([[1.0, 0.0]]))
 
 
 def report(**changes: Any) -> dict[str, Any]:
-    memory = {"start": 700.0, "after the first round": 800.0, "end": 850.0, "peak": 1500.0}
+    memory = {"start": 700.0, "half way": 800.0, "end": 850.0, "peak": 1500.0}
     told = {
         "hostile_requests": 5000,
         "good_requests": 500,

@@ -1,5 +1,6 @@
 """What README and docs show exists: every command, option, file, setting and route."""
 
+import itertools
 import json
 import re
 import shlex
@@ -175,9 +176,9 @@ def test_numbers_in_the_readme_are_the_committed_results() -> None:
         assert shown in text
     assert f"{demo['mean_r10']:.1%}" in text
     assert demo["date"] in text
-    embedding = json.loads((results / "embedding.json").read_text())
-    for kind in ("pictures", "texts"):
-        for batch in (1, 32):
+    for name in ("embedding_amx.json", "embedding.json"):
+        embedding = json.loads((results / name).read_text())
+        for kind, batch in itertools.product(("pictures", "texts"), (1, 32)):
             values = embedding[kind][f"batch {batch}"].values()
             assert f"| {kind}, batch {batch} | {' | '.join(map(str, values))} |" in text
     loader = json.loads((results / "loader.json").read_text())
@@ -210,19 +211,28 @@ def test_numbers_of_the_service_are_the_committed_results() -> None:
     shares = [f"{row['goodput_share']:.2f}" for row in overload["overload"].values()]
     assert f"answered {shares[0]} of it in texts and {shares[1]} in pictures" in text
     assert f"failed none of {overload['reloads']['answered']:,}" in text
+    poison = json.loads((results / "poison.json").read_text())
+    assert poison["problems"] == []
+    assert f"{poison['rss_mb']['peak']:,.0f} MB resident, {poison['rss_mb']['start']:.0f}" in text
     startup = json.loads((results / "startup.json").read_text())
     assert f"ready after {startup['ready_s']['median']:.1f} s" in text
 
 
 def test_numbers_of_training_are_the_committed_results() -> None:
     text = (ROOT / "docs" / "training.md").read_text()
-    report = json.loads((ROOT / "benchmarks" / "results" / "train.json").read_text())
-    (row,) = report["results"].values()
-    assert report["date"] in text
-    for name in ("clipserve", "open_clip"):
-        rates = [row["samples_per_s"][name], row["samples_per_s"][f"{name} compiled"]]
-        assert f"| {name} | {rates[0]} | {rates[1]} |" in text
-    assert f"the faster ones is {row['ratio']}." in text
+    results = ROOT / "benchmarks" / "results"
+    who = ("clipserve", "clipserve compiled", "open_clip", "open_clip compiled")
+    for name in ("train_amx.json", "train.json"):
+        report = json.loads((results / name).read_text())
+        assert report["date"] in text
+        for case, row in report["results"].items():
+            rates = [str(row["samples_per_s"].get(one, "")) for one in who]
+            line = " | ".join([case, *rates, str(row["ratio"])])
+            assert f"| {line.replace('|  |', '| |')} |" in text
+    profiled = json.loads((results / "train_profile.json").read_text())
+    for way, row in profiled["ways"].items():
+        shares = [f"{100 * share:.0f}" for share in row["shares"].values()]
+        assert f"| {way} | {row['samples_per_s']} | {' | '.join(shares)} | {row['mfu']} |" in text
 
 
 def test_numbers_of_the_objectives_are_the_committed_results() -> None:
