@@ -1,9 +1,9 @@
 """One model's queue: the items of all requests meet here and leave in batches.
 
 A batch is formed at the moment the model is free, of everything that arrived while the last one
-ran: nothing sleeps or polls, and what is waited for is only the rest of a request that is being
-decoded right now. What waits is prepared already, on the device if that
-is a GPU, so forming a batch takes no time that the device could use. Start at `Batcher.admit`. Life
+ran: nothing sleeps or polls, and what is waited for is only, a moment, the rest of a request that
+is being decoded right now. What waits is prepared already, on the device if that is a GPU, so
+forming a batch takes no time that the device could use. Start at `Batcher.admit`. Life
 of an item: admitted (it has a slot), prepared elsewhere, `put` into the queue, run, settled with an
 answer or an error (the slot is free). A request that cannot be answered by its deadline is
 refused when its items come to the queue: only then is it known which of them the model must see.
@@ -213,7 +213,10 @@ class Batcher:
         return self._open_items
 
     def _drop(self, job: Job, error: Exception) -> None:
-        # Settled first: a `put` after that leaves them alone, one before it is swept out here.
+        # Swept out twice: a settled item lets an idle thread begin, and until all are settled more
+        # may be put.
+        with self._lock:
+            self._schedule.drop(job)
         for index in range(len(job.results)):
             job.settle(index, error)
         with self._lock:
@@ -288,19 +291,22 @@ class Batcher:
     def _take(self, worker: Worker) -> list[Item] | None:
         """Wait for a batch; None if this worker is to end."""
         with self._lock:
-            self._arrived.wait_for(
-                lambda: self._closing or worker not in self._workers or self._schedule.is_ready
-            )
+            while worker in self._workers and not self._closing and (left_s := self._hold_s()) > 0:
+                self._arrived.wait(None if left_s == math.inf else left_s)
             if self._closing or worker not in self._workers:
                 self._arrived.notify()  # it may have been meant for another
                 return None
-            batch = self._schedule.next_batch()
+            batch = self._schedule.next_batch(self._clock())
             worker.hold(batch)
-            if self._schedule.is_ready:
+            if self._schedule:
                 self._arrived.notify()
             if not self._is_watching:
                 self._watch.notify()
             return batch
+
+    def _hold_s(self) -> float:
+        """So long no batch may begin; inf: not before something arrives."""
+        return self._schedule.ready_s() - self._clock()
 
     def _ran(self, worker: Worker, items: list[Item], results: list[Any], seconds: float) -> None:
         with self._lock:

@@ -10,7 +10,7 @@ Legend: N items, E embedding.
 import asyncio
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -155,6 +155,7 @@ class Pipeline:
         job = self.batcher.admit(len(pairs), priority=priority)
         try:
             tokenize = partial(self._tokenize_pairs, job, pairs, truncated, priority)
+            job.prepare("match", range(len(pairs)))
             self._tokenizer_thread.submit(job, range(len(pairs)), tokenize, priority)
             await asyncio.wrap_future(job.done)
         finally:
@@ -207,22 +208,25 @@ class Pipeline:
             raise ModelFailed(f"the model cannot embed: {error}") from error
 
     def _prepare(self, request: _Request, inputs: Sequence[Input]) -> None:
+        pictures: dict[int, Callable[[], None]] = {}
         texts = []
         for index, item in enumerate(inputs):
             if isinstance(item, Picture):
-                self._submit_picture(request, index, partial(self._read, request, index, item))
+                pictures[index] = partial(self._read, request, index, item)
             elif self._is_mine(request, index, "text", item.text):
                 texts.append((index, item.text))
+        self._submit_pictures(request, pictures)
         if texts:
             self._submit_texts(request, texts)
 
-    def _submit_picture(self, request: _Request, index: int, call: Callable[[], None]) -> None:
-        request.job.prepare([index])
-        self._decoders.submit(request.job, [index], call, request.priority)
+    def _submit_pictures(self, request: _Request, calls: Mapping[int, Callable[[], None]]) -> None:
+        request.job.prepare("image", calls)
+        for index, call in calls.items():
+            self._decoders.submit(request.job, [index], call, request.priority)
 
     def _submit_texts(self, request: _Request, texts: list[tuple[int, str]]) -> None:
         indices, tokenize = [index for index, _ in texts], partial(self._tokenize, request, texts)
-        request.job.prepare(indices)
+        request.job.prepare("text", indices)
         self._tokenizer_thread.submit(request.job, indices, tokenize, request.priority)
 
     # The cache
@@ -270,7 +274,7 @@ class Pipeline:
         if isinstance(content, str):
             self._submit_texts(request, [(index, content)])
         else:
-            self._submit_picture(request, index, partial(self._decode, request, index, content))
+            self._submit_pictures(request, {index: partial(self._decode, request, index, content)})
         return True
 
     def _promise(self, cache: VectorCache, key: Key, request: _Request, index: int) -> None:

@@ -2,15 +2,17 @@
 
 Bookkeeping alone: no threads, no clock, nothing locked (the caller holds a lock). Kinds never mix
 in a batch. Urgent items go first, interactive ones before bulk; among equals requests take turns,
-an item each, so that a long request does not hold up the short ones behind it. Of a request whose
-other items are being decoded right now no item begins a batch: eight pictures sent together would
-be a batch of one and one of seven. Start at `Schedule.next_batch`.
+an item each, so that a long request does not hold up the short ones behind it. A part of a request
+whose other items of that kind are being decoded right now is held for a moment before it begins a
+batch: eight pictures sent together would be a batch of one and one of seven. Start at
+`Schedule.next_batch`.
 """
 
 import itertools
+import math
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -23,6 +25,9 @@ KINDS: tuple[Kind, ...] = ("image", "text", "match", "call")
 Priority = Literal["urgent", "interactive", "bulk"]
 _PRIORITIES: tuple[Priority, ...] = ("urgent", "interactive", "bulk")
 
+HOLD_S = 0.05
+"""so long an item waits for the rest of its request: small pictures are decoded by then, and large
+ones are decoded while the model computes"""
 _BULK_EVERY = 8
 """while both wait, so many interactive batches run for one of bulk; and after so many of bulk
 without an interactive one, bulk batches need not be small any more"""
@@ -45,7 +50,7 @@ class Job:
         self._free_slot = free_slot
         self._lock = threading.Lock()
         self._watchers: dict[int, Callable[[Any], None]] = {}
-        self._preparing: set[int] = set()
+        self._preparing: dict[Kind, set[int]] = {kind: set() for kind in KINDS}
         self.notes = notes()
         self.notes.items += size
         if not size:
@@ -60,7 +65,7 @@ class Job:
             self._unsettled -= 1
             last = self._unsettled == 0
             watcher = self._watchers.pop(index, None)
-            self._preparing.discard(index)
+        self.prepared(index)
         self._free_slot()
         if watcher is not None:
             watcher(result)
@@ -79,20 +84,19 @@ class Job:
     def is_settled(self, index: int) -> bool:
         return self.results[index] is not None
 
-    def prepare(self, indices: Iterable[int]) -> None:
+    def prepare(self, kind: Kind, indices: Iterable[int]) -> None:
         """These are being decoded or tokenised, until they are `prepared` or settled."""
         with self._lock:
-            self._preparing.update(i for i in indices if self.results[i] is None)
+            self._preparing[kind].update(i for i in indices if self.results[i] is None)
 
     def prepared(self, index: int) -> None:
         """It is in the queue, or is waited for elsewhere."""
         with self._lock:
-            self._preparing.discard(index)
+            for indices in self._preparing.values():
+                indices.discard(index)
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether nothing of it is being prepared."""
-        return not self._preparing
+    def is_preparing(self, kind: Kind) -> bool:
+        return bool(self._preparing[kind])
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +120,7 @@ class Schedule:
     def __init__(self, max_batch: Mapping[Kind, int]) -> None:
         self._max_batch = max_batch
         self._turns = itertools.count()
-        self._lanes = {(p, kind): _Lane(self._turns) for p in _PRIORITIES for kind in KINDS}
+        self._lanes = {(p, kind): _Lane(kind, self._turns) for p in _PRIORITIES for kind in KINDS}
         self._passed_over = 0
         """interactive batches since one of bulk, while bulk waited"""
         self._undisturbed = _BULK_EVERY
@@ -142,32 +146,32 @@ class Schedule:
     def __bool__(self) -> bool:
         return any(self._lanes.values())
 
-    @property
-    def is_ready(self) -> bool:
-        """Whether a batch may begin: not with a part of requests whose rest is being prepared right
-        now, unless it fills the batch."""
-        return any(
-            lane.is_ready(self._size(priority, kind))
-            for (priority, kind), lane in self._lanes.items()
-        )
+    def ready_s(self) -> float:
+        """When a batch may begin, by the clock of `arrived_s`: -inf for at once, inf if nothing
+        waits."""
+        return min(self._ready_s(*place) for place in self._lanes)
 
-    def next_batch(self) -> list[Item]:
-        """Take out a batch: of the most pressing priority, the kind that waited longest."""
-        priority = self._next_priority()
-        waiting = [kind for kind in KINDS if self._lanes[priority, kind]]
-        kind = min(waiting, key=lambda kind: self._lanes[priority, kind].first_turn)
+    def next_batch(self, now_s: float = math.inf) -> list[Item]:
+        """Take out a batch: of the most pressing priority that is ready by then, the kind that
+        waited longest. Something must be."""
+        ready = [p for p, lane in self._lanes.items() if lane and self._ready_s(*p) <= now_s]
+        priority = self._next_priority({priority for priority, _ in ready})
+        kinds = [kind for one, kind in ready if one == priority]
+        kind = min(kinds, key=lambda kind: self._lanes[priority, kind].first_turn)
         batch = self._lanes[priority, kind].take(self._size(priority, kind))
         if priority == "urgent":  # a canary alone would waste a run
             rest = self._max_batch[kind] - len(batch)
             batch += self._lanes["interactive", kind].take(rest)
         return batch
 
-    def _next_priority(self) -> Priority:
-        waiting = {priority for (priority, _), lane in self._lanes.items() if lane}
-        if "urgent" in waiting:
+    def _ready_s(self, priority: Priority, kind: Kind) -> float:
+        return self._lanes[priority, kind].ready_s(self._size(priority, kind))
+
+    def _next_priority(self, ready: Set[Priority]) -> Priority:
+        if "urgent" in ready:
             return "urgent"
-        if "bulk" not in waiting or ("interactive" in waiting and self._passed_over < _BULK_EVERY):
-            self._passed_over += "bulk" in waiting
+        if "bulk" not in ready or ("interactive" in ready and self._passed_over < _BULK_EVERY):
+            self._passed_over += "bulk" in ready
             self._undisturbed = 0
             return "interactive"
         self._passed_over = 0
@@ -184,7 +188,8 @@ class Schedule:
 class _Lane:
     """Items of one kind and priority, by job. Who was served goes to the end of the line."""
 
-    def __init__(self, turns: Iterator[int]) -> None:
+    def __init__(self, kind: Kind, turns: Iterator[int]) -> None:
+        self._kind: Kind = kind
         self._turns = turns
         self._jobs: OrderedDict[Job, tuple[int, deque[Item]]] = OrderedDict()
 
@@ -210,13 +215,15 @@ class _Lane:
                 self._jobs[job] = (next(self._turns), items)
         return taken
 
-    def is_ready(self, size: int) -> bool:
-        count = 0
+    def ready_s(self, size: int) -> float:
+        """When the first request here is whole, fills a batch, or has been held long enough."""
+        count, first_s = 0, math.inf
         for job, (_, items) in self._jobs.items():
             count += len(items)
-            if job.is_whole or count >= size:
-                return True
-        return False
+            if count >= size or not job.is_preparing(self._kind):
+                return -math.inf
+            first_s = min(first_s, items[0].arrived_s + HOLD_S)
+        return first_s
 
     def take_all(self) -> list[Item]:
         items = [item for _, own in self._jobs.values() for item in own]

@@ -129,7 +129,7 @@ def test_what_arrives_while_the_model_runs_leaves_in_one_batch(batcher, encoder)
 @pytest.mark.parametrize("end", ["put", "settled", "left out"])
 def test_an_idle_model_waits_for_what_is_being_prepared_of_a_request(batcher, encoder, end):
     job = batcher.admit(3)
-    job.prepare(range(3))
+    job.prepare("text", range(3))
     batcher.put(job, "text", [(0, 0.0)])
     batcher.put(job, "text", [(1, 1.0)])
     assert not encoder.entered.acquire(timeout=0.1)
@@ -143,10 +143,20 @@ def test_an_idle_model_waits_for_what_is_being_prepared_of_a_request(batcher, en
     assert encoder.batches == [("text", [0.0, 1.0, 2.0] if end == "put" else [0.0, 1.0])]
 
 
+def test_what_is_prepared_too_long_is_not_waited_for(batcher, encoder, clock):
+    job = batcher.admit(2)
+    job.prepare("text", range(2))
+    batcher.put(job, "text", [(0, 0.0)])
+    assert not encoder.entered.acquire(timeout=0.1)  # the clock stands still
+    clock.now += 1.0
+    assert encoder.entered.acquire(timeout=WAIT_S)
+    assert encoder.batches == [("text", [0.0])]
+
+
 def test_an_abandoned_request_holds_nobody_up(batcher, encoder):
     gone, job = batcher.admit(2), batcher.admit(2)
     for one in (gone, job):
-        one.prepare(range(2))
+        one.prepare("text", range(2))
         batcher.put(one, "text", [(0, 1.0)])
     batcher.abandon(gone)
     batcher.put(job, "text", [(1, 2.0)])

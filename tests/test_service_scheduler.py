@@ -1,8 +1,10 @@
 """Which items are the next batch. No threads, no model."""
 
+import math
+
 import pytest
 
-from service.scheduler import Item, Job, Schedule
+from service.scheduler import HOLD_S, Item, Job, Schedule
 
 
 @pytest.fixture
@@ -18,7 +20,7 @@ def put(schedule, *data, kind="text", priority="interactive", job=None):
 
 
 def batch(schedule):
-    return [item.data for item in schedule.next_batch()]
+    return [item.data for item in schedule.next_batch(0.0)]
 
 
 @pytest.mark.parametrize(("first", "second"), [("image", "text"), ("text", "image")])
@@ -90,41 +92,74 @@ def test_urgent_goes_first_and_takes_others_of_its_kind_along(schedule):
 
 def test_a_part_of_a_request_waits_for_what_is_being_prepared_of_it(schedule):
     job = Job(3, lambda: None)
-    assert not schedule.is_ready
-    job.prepare([0, 1, 2])
+    assert schedule.ready_s() == math.inf
+    job.prepare("image", [0, 1, 2])
     job.prepared(0)
     put(schedule, 0, kind="image", job=job)
     assert schedule
-    assert not schedule.is_ready
+    assert schedule.ready_s() == HOLD_S
     job.prepared(1)
-    assert not schedule.is_ready
+    assert schedule.ready_s() == HOLD_S
     job.settle(2, ValueError("cannot be read"))
-    assert schedule.is_ready
+    assert schedule.ready_s() == -math.inf
+
+
+def test_a_part_is_held_for_a_moment_only(schedule):
+    job = Job(3, lambda: None)
+    job.prepare("image", [1, 2])
+    put(schedule, 0, kind="image", job=job)
+    schedule.add(Item(job, 1, "image", 1, "interactive", 9.0))
+    assert schedule.ready_s() == HOLD_S  # of the item that came first
+    assert [item.data for item in schedule.next_batch(HOLD_S)] == [0, 1]
+
+
+def test_a_text_does_not_wait_for_the_pictures_beside_it(schedule):
+    job = Job(2, lambda: None)
+    job.prepare("image", [1])
+    put(schedule, 0, kind="text", job=job)
+    assert schedule.ready_s() == -math.inf
+    assert batch(schedule) == [0]
 
 
 def test_a_whole_request_takes_the_parts_of_others_along(schedule):
     job = Job(2, lambda: None)
-    job.prepare([1])
+    job.prepare("image", [1])
     put(schedule, 0, kind="image", job=job)
     put(schedule, 9, kind="image")
-    assert schedule.is_ready
+    assert schedule.ready_s() == -math.inf
     assert batch(schedule) == [0, 9]
+
+
+@pytest.mark.parametrize(("kind", "priority"), [("text", "interactive"), ("image", "bulk")])
+def test_what_may_begin_goes_before_what_is_held(schedule, kind, priority):
+    job = Job(2, lambda: None)
+    job.prepare("image", [1])
+    put(schedule, 0, kind="image", job=job)
+    put(schedule, 9, kind=kind, priority=priority)
+    assert batch(schedule) == [9]
+    job.prepared(1)
+    put(schedule, 1, kind="image", job=job)
+    assert batch(schedule) == [0, 1]
 
 
 def test_a_part_that_fills_a_batch_waits_for_nothing(schedule):
     job = Job(9, lambda: None)
-    job.prepare([8])
+    job.prepare("image", [8])
     put(schedule, *range(3), kind="image", job=job)
-    assert not schedule.is_ready
+    assert schedule.ready_s() == HOLD_S
     schedule.add(Item(job, 3, "image", 3, "interactive", 0.0))
-    assert schedule.is_ready
+    assert schedule.ready_s() == -math.inf
 
 
 def test_what_is_settled_is_not_prepared_any_more():
     job = Job(2, lambda: None)
     job.settle(0, "found")
-    job.prepare([0])
-    assert job.is_whole
+    job.prepare("text", [0])
+    assert not job.is_preparing("text")
+    job.prepare("text", [1])
+    assert job.is_preparing("text")
+    job.settle(1, "found")
+    assert not job.is_preparing("text")
 
 
 def test_a_dropped_job_leaves_nothing(schedule):
