@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from clipserve.decoding import open_decoded
 from clipserve.errors import ConfigError
 from clipserve.images import DEFAULT_LIMITS, ImageLimits, ImageSource
-from clipserve.packed import Packed, pack, unpack
+from clipserve.packed import Packed, is_packed, pack, unpack
 
 if TYPE_CHECKING:
     from clipserve.model import Model
@@ -75,16 +75,22 @@ def prepare(model: "Model", device: str = "auto", dtype: str = "auto") -> "Model
     """Move to a device and dtype for inference, in place. Logit scale and bias stay precise.
 
     "auto" takes bf16 only after comparing it with fp32 on a few pictures and texts; the least
-    cosine is in `model.bf16_cosine`, and below LEAST_COSINE the model stays in fp32.
+    cosine is in `model.bf16_cosine`, and below LEAST_COSINE the model stays in fp32. On a CPU the
+    weights are laid out anew: such a model can be neither saved, copied nor prepared again.
     """
+    if is_packed(model.network):
+        raise ValueError("the model was prepared for a CPU already; load it again for another use")
     where = resolve_device(device)
     towers = resolve_dtype(dtype, where)
     model.requires_grad_(False).eval().to(where)
+    _keep_no_activations(model.network)
     if dtype == "auto" and towers == torch.bfloat16:
         _cast_if_faithful(model, towers)
     else:
         _cast(model, towers)
         _pack(model)
+    if where.type == "cpu":
+        _leave_file(model.network)
     if where.type == "cpu" and model.dtype == torch.float32:
         _put_tokens_first(model)
     return model
@@ -200,6 +206,23 @@ def _put_tokens_first(model: "Model") -> None:
         if all(type(one) is nn.MultiheadAttention for one in attentions):
             for part in (transformer, *attentions):
                 part.batch_first = False
+
+
+def _keep_no_activations(network: nn.Module) -> None:
+    """Training may have asked for checkpoints of them, which open_clip makes here too."""
+    for module in network.modules():
+        if getattr(module, "grad_checkpointing", False):
+            module.grad_checkpointing = False
+
+
+def _leave_file(network: nn.Module) -> None:
+    """What was loaded still lies in the mapped file: all of it would count as memory for the few
+    tensors that are not packed, and change with the file."""
+    for parameter in network.parameters():
+        parameter.data = parameter.data.clone()
+    for module in network.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.clone())
 
 
 def _pack(model: "Model") -> list[Packed]:

@@ -42,11 +42,15 @@ def pack(network: nn.Module) -> list[Packed]:
     """Replace, in place, what has a packed form; the rest stays as it is.
 
     The weights are on the CPU already, in bf16 or fp32; the network is not trained any more, and
-    cannot be saved: its `state_dict` raises. Returns what was replaced.
+    cannot be saved or copied: its `state_dict` raises. Returns what was replaced.
     """
     if not torch._C._has_mkldnn:
         return []
     return [_swap(*replacement) for replacement in list(_replacements(network))]
+
+
+def is_packed(network: nn.Module) -> bool:
+    return any(isinstance(module, _Unsaved) for module in network.modules())
 
 
 def unpack(replaced: list[Packed]) -> None:
@@ -107,7 +111,7 @@ class PackedLinear(_Unsaved):
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         self._weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
-        self._bias = None if bias is None else bias.detach()
+        self._bias = None if bias is None else bias.detach().clone()
 
     def forward(self, x: Tensor, activation: str = "none", algorithm: str = "") -> Tensor:
         """(..., in) -> (..., out), then the activation."""

@@ -11,6 +11,8 @@ from conftest import make_picture
 from open_clip.transformer import QuickGELU, ResidualAttentionBlock
 from torch import Tensor, nn
 
+import clipserve
+from clipserve import checkpoint
 from clipserve.embed import prepare
 from clipserve.model import Model, create
 from clipserve.packed import PackedBlock, PackedLinear, PackedPatches, pack, unpack
@@ -163,3 +165,33 @@ def test_a_packed_network_is_never_saved_without_its_weights() -> None:
     pack(network)
     with pytest.raises(RuntimeError, match="packed for inference cannot be saved"):
         network.state_dict()
+
+
+def test_a_model_is_prepared_for_a_cpu_once(tiny_model: Model) -> None:
+    packed = prepare(copy.deepcopy(tiny_model), "cpu", "fp32")
+    with pytest.raises(ValueError, match="load it again"):
+        prepare(packed, "cpu", "bf16")
+
+
+@pytest.mark.parametrize("kind", ["open_clip", "albef", "timm"])
+def test_a_network_that_trained_with_activation_checkpoints_is_packed_too(
+    kind: str, tiny_model: Model, tmp_path: Path
+) -> None:
+    model = tiny_model
+    if kind != "open_clip":
+        model = tiny_albef(tmp_path, timm_vision() if kind == "timm" else None)
+    expected = model.eval().embed_texts(["a cat"])
+    copied = copy.deepcopy(model)
+    copied.network.set_grad_checkpointing()
+    found = prepare(copied, "cpu", "fp32").embed_texts(["a cat"])
+    assert (found * expected).sum() > 0.999999
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_a_model_that_serves_does_not_lie_in_its_file(
+    dtype: str, tiny_model: Model, tmp_path: Path
+) -> None:
+    checkpoint.save(tiny_model, tmp_path / "model", name="tiny")
+    model = clipserve.load(tmp_path / "model", device="cpu", dtype=dtype)
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    assert model.embed_texts(["a cat"]).shape[0] == 1
