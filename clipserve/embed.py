@@ -210,6 +210,7 @@ def _put_tokens_first(model: "Model") -> None:
 
 def _keep_no_activations(network: nn.Module) -> None:
     """Training may have asked for checkpoints of them, which open_clip makes here too."""
+    module: Any
     for module in network.modules():
         if getattr(module, "grad_checkpointing", False):
             module.grad_checkpointing = False

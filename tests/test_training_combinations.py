@@ -58,7 +58,8 @@ def test_two_steps_and_two_more_are_four(name: str, data: Path, tmp_path: Path) 
     start = [f"model.pretrained={data / 'base'}"] if options[0] == LORA[0] else []
 
     def run(out: Path, resume: str = "auto") -> Path:
-        given = [f"out={out}", f"data.train={data / 'shards'}", "data.last_batch=keep"]
+        shards = data / "shards"
+        given = [f"out={out}", f"data.train={shards}", f"data.val={shards}", "data.last_batch=keep"]
         saving = ["train.steps=4", "train.checkpoint_every_steps=2", "train.keep_checkpoints=9"]
         train(load_config(None, [*given, *sizes, *start, *saving, *options]), resume)
         return out / "checkpoints"

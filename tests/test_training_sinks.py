@@ -13,7 +13,7 @@ from test_training_loop import SMALL
 
 from clipserve.config import Config, load_config
 from clipserve.errors import ConfigError
-from training import loop
+from training import loop, sinks
 from training.loop import train
 from training.sinks import check_packages, open_sinks
 
@@ -122,6 +122,30 @@ def test_a_store_that_cannot_be_opened_is_one_line_and_ends_those_before_it(
         open_sinks(config(tmp_path, "wandb", "mlflow"), 0)
     wandb.init.return_value.finish.assert_called_once_with(exit_code=1)
     assert set(threading.enumerate()) <= threads  # TensorBoard's writer
+
+
+def test_a_run_whose_settings_are_not_taken_is_ended(tmp_path: Path, mlflow: MagicMock) -> None:
+    mlflow.log_text.side_effect = RuntimeError("no place for artifacts")
+    with pytest.raises(ConfigError, match="no place for artifacts"):
+        open_sinks(config(tmp_path, "mlflow"), 0)
+    mlflow.end_run.assert_called_once_with("FAILED")
+
+
+def test_a_run_whose_id_cannot_be_kept_is_ended(
+    tmp_path: Path, wandb: MagicMock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = MagicMock(side_effect=OSError(28, "No space left on device"))
+    close = sinks.TensorBoard.close
+
+    def close_and_fail(board: sinks.TensorBoard, is_finished: bool) -> None:
+        close(board, is_finished)
+        full()
+
+    monkeypatch.setattr(sinks, "write_atomic", full)
+    monkeypatch.setattr(sinks.TensorBoard, "close", close_and_fail)
+    with pytest.raises(OSError, match="No space left"):
+        open_sinks(config(tmp_path, "wandb"), 0)
+    wandb.init.return_value.finish.assert_called_once_with(exit_code=1)
 
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])

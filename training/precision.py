@@ -49,8 +49,8 @@ def choose(wanted: str, device: torch.device, world: World = ALONE) -> Precision
 
     "auto" is what rank 0 finds best, on all ranks. Raises ConfigError for tf32 where there is none.
     """
-    if wanted == "auto":
-        wanted = world.tell("bf16" if computes_bf16(device) else "fp32")
+    best = world.tell("bf16" if computes_bf16(device) else "fp32")  # asked for or not: all must
+    wanted = best if wanted == "auto" else wanted
     if wanted == "tf32" and not _computes_tf32(device):
         raise ConfigError(
             f"train.precision = tf32 needs a GPU that has it (compute capability 8.0 or more), not"

@@ -9,6 +9,7 @@ import multiprocessing.sharedctypes
 import signal
 import threading
 from collections.abc import Generator, Iterator
+from functools import partial
 from multiprocessing.context import BaseContext
 from types import FrameType
 from typing import Any
@@ -18,6 +19,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 _STOPPING = (signal.SIGTERM, signal.SIGINT)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_PATIENCE_S = 5.0
 
 
 class StopWaiting(BaseException):
@@ -155,5 +157,8 @@ def without_interruption(loader: DataLoader[Any]) -> Generator[Any]:
         # torch forgets its workers; it would tell of their death otherwise. Its iterator would see
         # to that in the end, but an error's traceback can hold it until after this handler is gone.
         if isinstance(iterator, _MultiProcessingDataLoaderIter):
+            if (pinning := getattr(iterator, "_pin_memory_thread", None)) is not None:
+                # It may be in the middle of what a killed worker wrote in part, for ever.
+                pinning.join = partial(pinning.join, _PATIENCE_S)
             iterator._shutdown_workers()
         signal.signal(signal.SIGCHLD, tell)

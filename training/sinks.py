@@ -7,6 +7,7 @@ in the run directory. Start at `open_sinks`.
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
@@ -45,29 +46,31 @@ def check_packages(names: tuple[str, ...]) -> None:
 def open_sinks(config: Config, start_step: int) -> list[Sink]:
     """TensorBoard, and what `train.report_to` names."""
     out = Path(config.out)
-    sinks: list[Sink] = [TensorBoard(out, start_step)]
-    try:
+    sinks: list[Sink] = []
+    with ExitStack() as on_error:
+
+        def keep(sink: Sink) -> None:
+            sinks.append(sink)
+            on_error.callback(sink.close, is_finished=False)
+
+        keep(TensorBoard(out, start_step))
         for name in config.train.report_to:
-            sinks.append(_open(name, out, config))
-    except BaseException:
-        for sink in sinks:
-            sink.close(is_finished=False)
-        raise
+            file = out / f"{name}.id"
+            sink = _open(name, out, config, file.read_text() if file.exists() else None)
+            keep(_Remote(name, sink))
+            write_atomic(file, sink.id)
+        on_error.pop_all()
     return sinks
 
 
-def _open(name: str, out: Path, config: Config) -> "_Remote":
+def _open(name: str, out: Path, config: Config, before: str | None) -> "WeightsAndBiases | MLflow":
     kinds: dict[str, type[WeightsAndBiases | MLflow]]
     kinds = {"wandb": WeightsAndBiases, "mlflow": MLflow}
-    file = out / f"{name}.id"
-    before = file.read_text() if file.exists() else None
     try:
-        sink = kinds[name](out, config, before)
+        return kinds[name](out, config, before)
     except Exception as error:  # of any kind: a server, an account, a store
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(f"train.report_to = {name} cannot be opened: {reason}") from error
-    write_atomic(file, sink.id)
-    return _Remote(name, sink)
 
 
 class _Remote:
@@ -137,7 +140,11 @@ class MLflow:
         name = out.resolve().name
         run = self._mlflow.start_run(run_id=before, run_name=None if before else name)
         self.id = str(run.info.run_id)
-        self._mlflow.log_text(dump_toml(config), "config.toml")
+        try:
+            self._mlflow.log_text(dump_toml(config), "config.toml")
+        except Exception:
+            self.close(is_finished=False)
+            raise
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         # Its file store makes folders of slashes, where `loss` is a file already.
