@@ -72,6 +72,12 @@ class ImageLimits:
 
 DEFAULT_LIMITS = ImageLimits()
 
+_MAX_SCANS = 100
+_SCANS_OF_LARGEST = 24
+"""a decoder goes over the whole JPEG for each scan, which may have a few bytes; usual are 10, 18 of
+CMYK"""
+_ROWS_AT_ONCE = 256
+
 
 def decode_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
     """An upright RGB picture from the bytes of a JPEG, PNG, WebP, GIF, BMP or TIFF file.
@@ -151,7 +157,8 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     if picture.mode.startswith("I") or picture.mode == "F":
         return _scale_to_8_bits(picture).convert("RGB")
     if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
+        if picture.mode != "RGBA" or "transparency" in picture.info:
+            picture = picture.convert("RGBA")
         white = Image.new("RGB", picture.size, (255, 255, 255))
         white.paste(picture, mask=picture.getchannel("A"))
         return white
@@ -174,6 +181,8 @@ def read_header(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Imag
     except _DECODER_ERRORS:
         raise ImageError(f"not a picture in a supported format ({', '.join(FORMATS)})") from None
     _check_size(picture.size, limits)
+    if picture.format in ("JPEG", "MPO"):
+        _check_scans(data, picture.size, limits)
     return picture
 
 
@@ -203,13 +212,27 @@ def _turn_upright(picture: Image.Image) -> Image.Image:
 
 def _scale_to_8_bits(picture: Image.Image) -> Image.Image:
     """16-bit grey is 0..65535; of float and 32-bit pictures the own range is taken."""
-    values = np.asarray(picture, dtype=np.float32)
+    values = np.asarray(picture)
     if picture.mode.startswith("I;16") or (picture.mode == "I" and values.max(initial=0) <= 65535):
-        low, high = 0.0, 65535.0
+        low, high = np.float32(0), np.float32(65535)
     else:
-        low, high = float(np.nanmin(values)), float(np.nanmax(values))
-    scaled = (values - low) * (255.0 / (high - low)) if high > low else np.zeros_like(values)
-    return Image.fromarray(np.nan_to_num(scaled).clip(0, 255).round().astype(np.uint8))
+        low, high = np.float32(np.nanmin(values)), np.float32(np.nanmax(values))
+    scaled = np.zeros(values.shape, np.uint8)
+    if high > low:
+        for i in range(0, len(values), _ROWS_AT_ONCE):  # whole, it would take 20 bytes a pixel
+            rows = (values[i : i + _ROWS_AT_ONCE].astype(np.float32) - low) * (255 / (high - low))
+            scaled[i : i + _ROWS_AT_ONCE] = np.nan_to_num(rows).clip(0, 255).round()
+    return Image.fromarray(scaled)
+
+
+def _check_scans(data: bytes, size: tuple[int, int], limits: ImageLimits) -> None:
+    scans = data.count(b"\xff\xda")  # within a scan 0 follows each 255
+    allowed = min(_MAX_SCANS, _SCANS_OF_LARGEST * limits.max_pixels // (size[0] * size[1]))
+    if scans > allowed:
+        raise ImageError(
+            f"JPEG of {size[0]}x{size[1]} pixels in {scans} scans; at most {allowed} are allowed"
+            " at this size"
+        )
 
 
 def _check_size(size: tuple[int, int], limits: ImageLimits) -> None:

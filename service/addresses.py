@@ -74,8 +74,11 @@ class Address:
         return f"{self.scheme}://{host}:{self.port}{self.target}"
 
     def joined(self, location: str) -> "Address | None":
-        """Where a redirect leads."""
-        return parse_address(urljoin(str(self), location))
+        """Where a redirect leads; None also if that is nonsense."""
+        try:
+            return parse_address(urljoin(str(self), location))
+        except ValueError:
+            return None
 
 
 def parse_address(url: str) -> Address | None:

@@ -74,6 +74,7 @@ def create_app(
         description="Embeddings, zero-shot classification and search with one image-text model.",
         docs_url=None,  # FastAPI's page gets its script from elsewhere; docs.py is ours
         redoc_url=None,
+        redirect_slashes=False,  # items/.. of a collection is collection/ to many a client
     )
     lifecycle = lifecycle or Lifecycle()
     registry.fetcher = Fetcher(settings) if settings.allow_fetch else None

@@ -10,17 +10,19 @@ Legend: N items, E embedding.
 import asyncio
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
 
-from clipserve.decoding import decode
+from clipserve.decoding import decode, decoding_bytes
 from clipserve.embed import stage
-from clipserve.images import make_thumbnail
+from clipserve.images import make_thumbnail, read_header
 from clipserve.model import Model
+from clipserve.transforms import Decoded
 from service.batching import Batcher, Job, Kind, Observer
 from service.caches import Caches, Entry, Key, Outcome, Turn, VectorCache, digest
 from service.encoding import Encoder, Pair, TextRow
@@ -324,14 +326,21 @@ class Pipeline:
     def _decode(self, request: _Request, index: int, data: bytes) -> None:
         if request.job.is_settled(index):
             return
-        started = time.perf_counter()
-        decoded = decode(data, self._model.transform, self._limits)
-        if request.thumbnails:
-            request.answer.thumbnails[index] = make_thumbnail(decoded.picture)
-        pixels = self._model.transform.resize(decoded)
-        self.observer.stage("decode", "image", time.perf_counter() - started)
+        with self._decoded(data, "image") as decoded:
+            if request.thumbnails:
+                request.answer.thumbnails[index] = make_thumbnail(decoded.picture)
+            pixels = self._model.transform.resize(decoded)
         staged = stage(self._model, pixels)
         self.batcher.put(request.job, "image", [(index, staged)], request.priority)
+
+    @contextmanager
+    def _decoded(self, data: bytes, kind: Kind) -> Iterator[Decoded]:
+        """The picture, which takes memory until it is left."""
+        header = read_header(data, self._limits)
+        with self._decoders.memory.hold(decoding_bytes(header)):
+            started = time.perf_counter()
+            yield decode(data, self._model.transform, self._limits, header)
+            self.observer.stage("decode", kind, time.perf_counter() - started)
 
     def _tokenize_pairs(
         self,
@@ -356,10 +365,8 @@ class Pipeline:
     ) -> None:
         if job.done.done():
             return
-        started = time.perf_counter()
-        transform = self._model.transform
-        pixels = transform.resize(decode(picture.read(), transform, self._limits))
-        self.observer.stage("decode", "match", time.perf_counter() - started)
+        with self._decoded(picture.read(), "match") as decoded:
+            pixels = self._model.transform.resize(decoded)
         staged = stage(self._model, pixels)
         pairs = [(index, Pair(staged, text)) for index, text in texts.items()]
         self.batcher.put(job, "match", pairs, priority)

@@ -1,7 +1,8 @@
 """Threads that decode pictures, or tokenise texts, on their way to a model's queue.
 
 What waits for them has the order of that queue (`scheduler.py`): interactive before bulk, requests
-by turns. A thread that hangs is left behind and replaced, as a model's is. Start at `Pool.submit`.
+by turns. A thread that hangs is left behind and replaced, as a model's is, but not for ever: when
+too many hang nothing is done any more, and the service is not ready. Start at `Pool.submit`.
 """
 
 import logging
@@ -11,12 +12,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from service.errors import ModelFailed, NotReady
+from service.memory import Budget
 from service.scheduler import KINDS, Item, Job, Priority, Schedule
 
 logger = logging.getLogger(__name__)
 
 _CLOSE_PATIENCE_S = 10.0
 _CLOSING = "the service is shutting down"
+_MOST_THREADS = 4
+"""as many times `size`, those left behind counted in: each may take a processor for ever"""
+_MEMORY = 2**30
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class _Worker:
 
 class Pool:
     """`size` threads, which begin with the first task. One that is longer than `max_task_s` at a
-    task hangs; that is looked for as often."""
+    task hangs; that is looked for as often. `memory` is what large tasks hold while they run."""
 
     def __init__(
         self,
@@ -53,6 +58,8 @@ class Pool:
         self._schedule = Schedule(dict.fromkeys(KINDS, 1))
         self._arrived = threading.Condition()
         self._workers: dict[_Worker, threading.Thread] = {}
+        self._left_behind: list[threading.Thread] = []
+        self.memory = Budget(_MEMORY)
         self._supervisor: threading.Thread | None = None
         self._over = threading.Event()
 
@@ -75,18 +82,18 @@ class Pool:
         _fail(item, NotReady(_CLOSING))
 
     def inspect(self) -> None:
-        """Replace threads that hang. The supervisor does it in time; this does it now."""
+        """Replace threads that hang or died. The supervisor does it in time; this does it now."""
         with self._arrived:
-            now = self._clock()
-            held = {worker: worker.held for worker in self._workers if worker.held is not None}
-            lost = [worker for worker in held if now - worker.began_s >= self._max_task_s]
+            lost = {worker: worker.held for worker in self._workers if self._is_lost(worker)}
             for worker in lost:
-                del self._workers[worker]
-                logger.error("%s: a thread hangs and is left behind; starting another", self._name)
-            if lost and not self._over.is_set():
+                self._left_behind.append(self._workers.pop(worker))
+                logger.error("%s: a thread hangs or died and is left behind", self._name)
+            self._left_behind = [thread for thread in self._left_behind if thread.is_alive()]
+            if not self._over.is_set():
                 self._fill()
-        for worker in lost:
-            _fail(held[worker], ModelFailed("a thread was lost while it read this item"))
+        for held in lost.values():
+            if held is not None:
+                _fail(held, ModelFailed("a thread was lost while it read this item"))
 
     def close(self) -> None:
         """Finish what runs, refuse the rest, and wait for the threads."""
@@ -111,8 +118,14 @@ class Pool:
             )
             self._supervisor.start()
 
+    def _is_lost(self, worker: _Worker) -> bool:
+        if not self._workers[worker].is_alive():
+            return True
+        return worker.held is not None and self._clock() - worker.began_s >= self._max_task_s
+
     def _fill(self) -> None:
-        while len(self._workers) < self._size:
+        most = _MOST_THREADS * self._size - len(self._left_behind)
+        while len(self._workers) < min(self._size, most):
             worker = _Worker()
             self._workers[worker] = threading.Thread(
                 target=self._work, args=(worker,), name=self._name, daemon=True

@@ -111,6 +111,23 @@ def test_a_thin_picture_is_refused_from_its_header() -> None:
         decode_image(png_header(3, 3000))
 
 
+def scans(size: tuple[int, int], more: int) -> bytes:
+    """A progressive JPEG whose last scan comes `more` times again."""
+    data = encode(Image.new("RGB", size), "JPEG", progressive=True)
+    last = data[data.rindex(b"\xff\xda") : -2]
+    return data[:-2] + more * last + data[-2:]
+
+
+def test_a_jpeg_of_a_thousand_scans_is_refused_from_its_header() -> None:
+    """Each may have a few bytes, and the whole picture is gone over for it."""
+    assert decode_image(scans((64, 48), 80)).size == (64, 48)
+    with pytest.raises(ImageError, match="64x48 pixels in 1010 scans; at most 100 are allowed"):
+        decode_image(scans((64, 48), 1000))
+    small = ImageLimits(max_pixels=64 * 48)
+    with pytest.raises(ImageError, match="in 30 scans; at most 24 are allowed at this size"):
+        decode_image(scans((64, 48), 20), small)
+
+
 def test_limits_are_inclusive() -> None:
     data = encode(make_picture(40, 20))
     decode_image(data, ImageLimits(len(data), 800, 2.0))

@@ -81,6 +81,9 @@ def test_what_two_readers_might_read_differently_is_no_address(url):
         ("file:///etc/passwd", None),
         ("http://user@other.org/", None),
         ("\\\\other.org", None),
+        ("http://[", None),
+        ("http://[::1", None),
+        ("//[x]/", None),
     ],
 )
 def test_a_redirect_is_read_as_strictly(location, where):

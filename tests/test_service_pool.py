@@ -124,6 +124,43 @@ def test_a_thread_that_hangs_is_replaced_and_its_late_end_changes_nothing(pool, 
     assert run(pool) == ["done"]
 
 
+def test_hanging_threads_are_not_replaced_without_end(pool, clock):
+    gates = []
+    for _ in range(4):
+        gates.append(hold(pool)[1])
+        clock.now += 60
+        pool.inspect()
+    waiting = job()
+    pool.submit(waiting, [0], lambda: waiting.settle(0, "done"))
+    assert threading.active_count() < 20
+    assert not pool._workers
+    (*_, left_behind) = pool._left_behind
+    gates[-1].opened.set()
+    left_behind.join(WAIT_S)
+    pool.inspect()
+    waiting.done.result(WAIT_S)
+    for gate in gates:
+        gate.opened.set()
+
+
+def test_a_thread_that_died_is_replaced(pool, monkeypatch):
+    def die(item: object) -> None:
+        raise KeyboardInterrupt  # whatever a task raises is caught: this stands for our own fault
+
+    assert run(pool) == ["done"]
+    (thread,) = pool._workers.values()
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    with monkeypatch.context() as faulty:
+        faulty.setattr("service.pool._run", die)
+        lost = job()
+        pool.submit(lost, [0], lambda: None)
+        thread.join(WAIT_S)
+    pool.inspect()
+    lost.done.result(WAIT_S)
+    assert isinstance(lost.results[0], ModelFailed)
+    assert run(pool) == ["done"]
+
+
 def test_it_is_noticed_without_being_looked_for():
     pool = Pool(1, "decode", 0.01)
     hung, gate = job(), Gate()
