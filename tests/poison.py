@@ -20,6 +20,7 @@ from typing import Any
 from PIL import Image
 
 REFUSED = (400, 404, 413, 415, 422)
+_PICTURE = {"Content-Type": "image/jpeg"}
 
 
 @dataclass(frozen=True)
@@ -337,6 +338,16 @@ def _large() -> Iterator[Hostile]:
     fields = b'{"text": "a", "filter": {' + b'"a":1,' * 1_500_000 + b'"a":1}}'
     yield _json("a filter of 1,500,000 fields", "/v1/search", fields)
     yield _json("70 MB", "/v1/embeddings", b" " * 70_000_000, 413)
+    # The largest that is allowed, in few bytes: as much memory as a picture can take.
+    for form, options in (("WEBP", {"lossless": True}), ("TIFF", {"compression": "tiff_deflate"})):
+        largest = io.BytesIO()
+        Image.new("RGBA", (7900, 7900), (1, 2, 3, 4)).save(largest, form, **options)
+        name = f"{form} of 62 million transparent pixels"
+        yield Hostile(name, "/v1/embeddings", largest.getvalue(), (200,), headers=_PICTURE)
+    scans = picture_bytes("JPEG", (7900, 7900), progressive=True)
+    last = scans[scans.rindex(b"\xff\xda") : -2]
+    bomb = scans[:-2] + 10_000 * last
+    yield Hostile("a JPEG of 10,000 scans", "/v1/embeddings", bomb, headers=_PICTURE)
 
 
 def _form(name: str, data: bytes) -> Hostile:

@@ -93,6 +93,22 @@ def test_sixteen_bits_are_scaled_not_clipped() -> None:
     assert [decoded.getpixel((x, 0))[0] for x in range(3)] == [0, 128, 255]
 
 
+def test_a_deep_picture_of_many_rows_is_scaled_as_a_whole() -> None:
+    """It is done a few rows at a time, which nobody can see."""
+    values = np.random.default_rng(0).normal(size=(600, 7)).astype(np.float32)
+    values[5, 5] = np.nan
+    low, high = np.nanmin(values), np.nanmax(values)
+    expected = np.nan_to_num((values - low) * (255 / (high - low))).round()
+    for mode in ("F", "I;16"):
+        if mode == "F":
+            deep = Image.fromarray(values)
+        else:
+            whole = np.linspace(0, 65535, 4200).round().astype(np.uint16).reshape(600, 7)
+            deep, expected = Image.fromarray(whole), (whole / 257).round()
+        found = np.asarray(decode_image(encode(deep, "TIFF")))[..., 0]
+        assert np.abs(found - expected).max() <= 1
+
+
 def test_the_first_frame_of_an_animation_counts() -> None:
     frames = [Image.new("RGB", (4, 4), colour) for colour in ((255, 0, 0), (0, 255, 0))]
     data = encode(frames[0], "GIF", save_all=True, append_images=frames[1:])

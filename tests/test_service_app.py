@@ -46,6 +46,15 @@ def test_replies_name_the_model_and_its_fingerprint(world: World):
     assert (listed["name"], listed["count"]) == ("toys", COUNT)
 
 
+@pytest.mark.parametrize("path", ["/v1/collections/toys/", "/v1/collections/", "/health/live/"])
+def test_no_path_leads_to_another(world: World, path: str):
+    """To clients that resolve dots, items/.. is the collection with a slash behind it."""
+    for method in ("GET", "DELETE"):
+        response = world.client.request(method, path, follow_redirects=False)
+        assert (response.status_code, error(response)["code"]) == (404, "not_found")
+    assert world.client.get("/v1/collections/toys").status_code == 200
+
+
 def test_health_and_metrics(world: World):
     assert world.client.get("/health/live").json() == {"status": "live"}
     assert world.client.get("/health/ready").json() == {"status": "ready"}

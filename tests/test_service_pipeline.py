@@ -6,6 +6,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -169,6 +170,20 @@ def test_texts_whose_client_left_are_tokenised_no_further(pipeline, monkeypatch)
 def test_a_picture_that_cannot_be_read_fails_alone(pipeline):
     answer = embed(pipeline, picture(1), Picture(b"no"), Text("a cat"))
     assert [isinstance(one, ImageError) for one in answer.vectors] == [False, True, False]
+
+
+def test_pictures_are_decoded_within_the_pools_memory(pipeline, pool):
+    asked: list[int] = []
+
+    class Budget:
+        @contextmanager
+        def hold(self, size: int) -> Iterator[None]:
+            asked.append(size)
+            yield
+
+    pool.memory = Budget()
+    embed(pipeline, Picture(encode(make_picture(40, 30))), Text("a cat"))
+    assert asked == [13 * 40 * 30]
 
 
 def test_what_was_embedded_before_comes_from_the_cache_as_it_was(pipeline, observer):
