@@ -5,6 +5,7 @@ import base64
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ LABELS = ["cat", "dog"]
 class Service:
     """A real tiny model behind the whole app, and the good requests with their answers."""
 
-    def __init__(self, client: TestClient, registry: Registry) -> None:
+    def __init__(self, client: Any, registry: Registry) -> None:
         self.client = client
         self.registry = registry
         self.model = registry.models["tiny"].model
