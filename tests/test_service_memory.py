@@ -2,7 +2,9 @@
 
 import threading
 
-from service.memory import Budget
+from PIL import Image
+
+from service.memory import Budget, give_back_pictures
 
 WAIT_S = 10
 
@@ -42,3 +44,14 @@ def test_who_asks_for_more_than_is_left_waits_and_who_comes_later_waits_behind()
         thread.join(WAIT_S)
     with budget.hold(100):  # all of it is back
         pass
+
+
+def test_a_large_picture_is_one_piece() -> None:
+    before = Image.core.get_block_size()
+    try:
+        give_back_pictures()
+        Image.core.reset_stats()
+        Image.new("RGB", (4000, 4000))
+        assert Image.core.get_stats()["allocated_blocks"] == 1
+    finally:
+        Image.core.set_block_size(before)
