@@ -12,6 +12,8 @@
     |- TextError              a text: empty where one is needed
     |- IndexStoreError        a collection or an index: damaged, of another model, read-only
     |  |- CollectionClosed    a collection that was closed, or dropped, before it was asked
+    |  |- DiskFull            nothing more can be written, until there is room again
+    |  |- ItemTooLarge        an item whose texts and metadata are longer than is stored
     |  `- FilterError         a filter that is not one: unknown operator, wrong type, too large
     `- ServiceError          what `clipserve.Client` was answered
        |- ServiceUnreachable no answer: refused, broken off, or too late
@@ -94,6 +96,14 @@ class CollectionClosed(IndexStoreError):
     """A collection was closed before it was asked."""
 
 
+class DiskFull(IndexStoreError):
+    """There is no room on the disk for a write; what was there stays."""
+
+
+class ItemTooLarge(IndexStoreError):
+    """An item has more text and metadata than a collection stores of one."""
+
+
 class FilterError(IndexStoreError):
     """A filter over metadata is not of the filter language, or larger than allowed."""
 
@@ -149,3 +159,8 @@ class ItemRefused(RequestRefused):
 
     index: int = -1
     """its place among those that were given"""
+
+
+def first_line(error: BaseException) -> str:
+    """What somebody else's error says, for a message of ours; its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

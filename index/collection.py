@@ -148,8 +148,8 @@ class Collection:
         vectors (N, E), of pictures, and text_vectors (N, E) are unit vectors; one of the two may be
         missing. keep: a vector or thumbnail that an item has and this does not bring stays with it.
         `unit` is noted in the same transaction. IndexStoreError, naming the item, for a
-        vector that is not of unit length, an id that is empty, too long or given twice, and
-        metadata that JSON cannot hold.
+        vector that is not of unit length, an id that is empty, too long, given twice, "." or "..",
+        and metadata that JSON cannot hold; ItemTooLarge; DiskFull.
         """
         rows = [check_item(item) for item in items]
         check_distinct(items)
@@ -291,6 +291,17 @@ class Collection:
         query = "SELECT rowid, id, caption, source, metadata FROM items"
         rows = self._select_by_rowid(query, rowids)
         return {rowid: stored_item(*row) for rowid, *row in rows}
+
+    def sizes_of(self, rowids: np.ndarray) -> dict[int, int]:
+        """Row number -> bytes of caption, source and metadata, of live rows; they are not read."""
+        size = "octet_length(caption) + octet_length(source) + octet_length(metadata)"
+        return dict(self._select_by_rowid(f"SELECT rowid, {size} FROM items", rowids))
+
+    def page_rowids(self, start_after: str = "", limit: int = 100) -> np.ndarray:
+        """Row numbers of the items that `scan` gives, in its order."""
+        query = "SELECT rowid FROM items WHERE id > ? ORDER BY id LIMIT ?"
+        rows = self._select(query, (start_after, limit))
+        return np.array([row[0] for row in rows], dtype=np.int64)
 
     def thumbnails_of(self, rowids: np.ndarray) -> dict[int, bytes]:
         """Row number -> thumbnail, of the live rows that have one."""

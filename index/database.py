@@ -29,6 +29,7 @@ from index.sqlite import (
     connect,
     damaged,
     fetch,
+    not_written,
     reason,
     roll_back,
     store_errors,
@@ -275,7 +276,7 @@ def create(path: Path, schema: Sequence[str], meta: Mapping[str, Any]) -> bool:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise IndexStoreError(f"{path} cannot be made: {error.strerror}") from None
+        raise not_written(f"{path} cannot be made", error) from error
     with directory_lock(path, ".create.lock", wait=True), store_errors(str(path)):
         if _has_tables(path):
             return False
@@ -283,7 +284,7 @@ def create(path: Path, schema: Sequence[str], meta: Mapping[str, Any]) -> bool:
         try:
             acknowledged.write(path, identity, 0)
         except OSError as error:
-            raise IndexStoreError(f"{path} cannot be written to: {error.strerror}") from error
+            raise not_written(f"{path} cannot be written to", error) from error
         with contextlib.closing(connect(path / DATABASE, "mode=rwc")) as connection:
             connection.reserve_bytes("main", _CHECKSUM_BYTES)
             connection.execute(f"PRAGMA page_size = {_PAGE_BYTES}")
@@ -318,7 +319,7 @@ def directory_lock(path: Path, name: str, *, wait: bool) -> Iterator[None]:
     try:
         descriptor = os.open(path / name, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
-        raise IndexStoreError(f"{path} cannot be written to: {error.strerror}") from None
+        raise not_written(f"{path} cannot be written to", error) from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield

@@ -10,12 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from clipserve.errors import IndexStoreError
+from clipserve.errors import IndexStoreError, ItemTooLarge
 
 LENGTH_TOLERANCE = {"float32": 2e-6, "float16": 6e-4}
 """how far from 1 a stored vector's length may be"""
 
+MAX_ITEM_BYTES = 2**20
+"""of caption, source and metadata together"""
+
 _MAX_ID_BYTES = 512
+_NOT_NEW_IDS = (".", "..")
+"""which clients of HTTP take out of a path: `items/..` would be the collection itself"""
 _MAX_DEPTH = 64  # far below where the readers of JSON give up
 _UNIT_TOLERANCE = 1e-3
 _ROUNDING = 1e-6  # of float32: a vector this close to unit length is stored as it is given
@@ -30,7 +35,8 @@ class Item:
     source: str = ""
     """where it came from, for people"""
     metadata: dict[str, Any] = field(default_factory=dict)
-    """anything JSON can hold, at most 64 objects and lists inside each other"""
+    """anything JSON can hold, at most 64 objects and lists inside each other; 1 MiB, with the
+    texts above"""
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,8 @@ class Unit:
 def check_item(item: Item) -> tuple[str, str, str, str]:
     """The columns of an item; IndexStoreError says what makes it impossible to store."""
     check_id(item.id)
+    if item.id in _NOT_NEW_IDS:
+        raise IndexStoreError(f"id {item.id!r} is not allowed; no URL could name its item")
     for value in (item.caption, item.source):
         if not _is_text(value):
             raise IndexStoreError(f"item {item.id!r}: caption and source must be Unicode text")
@@ -64,6 +72,12 @@ def check_item(item: Item) -> tuple[str, str, str, str]:
     if is_deep:
         raise IndexStoreError(
             f"item {item.id!r}: metadata is nested more than {_MAX_DEPTH} deep; make it flatter"
+        )
+    size = sum(len(text.encode()) for text in (item.caption, item.source, metadata))
+    if size > MAX_ITEM_BYTES:
+        raise ItemTooLarge(
+            f"item {item.id!r}: caption, source and metadata have {size} bytes; at most"
+            f" {MAX_ITEM_BYTES} are stored"
         )
     return item.id, item.caption, item.source, metadata
 

@@ -135,6 +135,8 @@ class Maintainer:
                 if not self._closing.is_set() and self.is_due():
                     self.rebuild()
             except Exception as error:  # whatever it is, searches go on
+                if self._closing.is_set():
+                    return
                 is_ours = isinstance(error, ClipserveError)
                 logger.error(
                     "the index of %s was not built anew, the old one stays: %s",

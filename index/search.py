@@ -79,6 +79,7 @@ class _Wanted:
     exclude: tuple[str, ...]
     with_items: bool
     exact: bool
+    admit: Callable[[int], None] | None
 
     def __post_init__(self) -> None:
         if self.k < 1:
@@ -124,6 +125,7 @@ class Searcher:
         self._columns = Columns(self.collection)
         self._lock = threading.Lock()
         self._loading = threading.Lock()
+        self._open = threading.Lock()
         self._watchers: list[Callable[[], None]] = []
         try:
             if fingerprint is not None:
@@ -152,6 +154,7 @@ class Searcher:
         exclude: Sequence[str] = (),
         with_items: bool = True,
         exact: bool = False,
+        admit: Callable[[int], None] | None = None,
     ) -> list[list[Hit]]:
         """The k items of highest cosine similarity to each of vectors (Q, E), best first.
 
@@ -165,6 +168,8 @@ class Searcher:
         fewer than k. exclude: ids to leave out. with_items: False leaves caption, source and
         metadata empty and reads nothing from disk for a hit in the index; the ids are in memory
         from the first such search on. exact: every vector is compared, whatever index there is.
+        admit: is told how many bytes the captions, sources and metadata of the hits have, before
+        they are read; what it raises ends the search.
         """
         wanted = _Wanted(
             k,
@@ -174,6 +179,7 @@ class Searcher:
             tuple(dict.fromkeys(exclude)),
             with_items,
             exact,
+            admit,
         )
         queries = self._check_queries(vectors)
         self._take_new_index()
@@ -221,8 +227,10 @@ class Searcher:
         self._watchers.append(notify)
 
     def close(self) -> None:
-        """Close the collection; no thread may be searching any more."""
-        self.collection.close()
+        """Close the collection; no thread may be searching any more. An index that is being loaded
+        is waited for, one that is being built is not taken."""
+        with self._open:
+            self.collection.close()
 
     def __enter__(self) -> Self:
         return self
@@ -254,9 +262,10 @@ class Searcher:
             self._loading.release()
 
     def _load_index(self) -> None:
+        """CollectionClosed if it is closed meanwhile."""
         stamp = self._index_stamp()
         old = self._view.base
-        with self.collection.snapshot() as generation:
+        with self._open, self.collection.snapshot() as generation:
             view = self._load(generation)
             if old and old.has_ids and view.base:
                 view.base.ids(self.collection)  # which the next search may want as the last one did
@@ -307,7 +316,7 @@ class Searcher:
         answers = []
         for start in range(0, len(queries), _QUERIES_AT_A_TIME):
             some = queries[start : start + _QUERIES_AT_A_TIME]
-            answers += self._hits(view, self._rank(view, filter, some, wanted), wanted.with_items)
+            answers += self._hits(view, self._rank(view, filter, some, wanted), wanted)
         return answers
 
     def _rank(
@@ -334,12 +343,14 @@ class Searcher:
         return [(rowids[first:end], scores[first:end]) for rowids, scores in rows]
 
     def _hits(
-        self, view: View, ranked: list[tuple[np.ndarray, np.ndarray]], with_items: bool
+        self, view: View, ranked: list[tuple[np.ndarray, np.ndarray]], wanted: _Wanted
     ) -> list[list[Hit]]:
         """Of all answers together, which is one look into the database."""
         rowids = np.concatenate([rowids for rowids, _ in ranked])
         scores = np.concatenate([scores for _, scores in ranked]).tolist()
-        if with_items:
+        if wanted.with_items:
+            if wanted.admit is not None:
+                wanted.admit(self._size_of(rowids))
             hits = list(map(_to_hit, self._items_of(rowids), scores))
         else:
             ids = view.ids_of(rowids, self.collection)
@@ -348,6 +359,14 @@ class Searcher:
             hits = list(map(Hit, ids, scores))
         ends = itertools.accumulate((len(rowids) for rowids, _ in ranked), initial=0)
         return [hits[start:end] for start, end in itertools.pairwise(ends)]
+
+    def _size_of(self, rowids: np.ndarray) -> int:
+        """Bytes of what is told of the hits, each as often as it is one."""
+        sizes = self.collection.sizes_of(np.unique(rowids))
+        try:
+            return sum(sizes[rowid] for rowid in rowids.tolist())
+        except KeyError:
+            raise _GoneError from None
 
     def _items_of(self, rowids: np.ndarray) -> list[Item]:
         items = self.collection.items_of(np.unique(rowids)) if len(rowids) else {}

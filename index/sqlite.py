@@ -1,6 +1,7 @@
 """SQLite as a collection uses it: connections that check every page, transactions, errors."""
 
 import contextlib
+import errno
 import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,15 +10,17 @@ from typing import Any
 import apsw
 import apsw.sqlite_extra
 
-from clipserve.errors import IndexStoreError
+from clipserve.errors import DiskFull, IndexStoreError
 
 EMBED_AGAIN = "restore a snapshot, or embed the source again"
 
 BUSY_S = 30.0
 """waited for another process before an error says so"""
 _LOG_BYTES = 2**26  # what is kept of the write-ahead log when a long reader made it grow
+_DISK_FULL = "the disk is full; nothing of this write was kept: make room, then repeat"
 _REASONS = {
-    apsw.SQLITE_FULL: "the disk is full; nothing of this write was kept: make room, then repeat",
+    apsw.SQLITE_FULL: _DISK_FULL,
+    apsw.SQLITE_IOERR_SHMSIZE: _DISK_FULL,  # no room for the index of the write-ahead log
     apsw.SQLITE_IOERR: "reading or writing failed; nothing of this write was kept: check the"
     " disk and its free space, then repeat",
     apsw.SQLITE_BUSY: f"another process has been writing for {BUSY_S:g} s; try again",
@@ -68,9 +71,17 @@ def store_errors(what: str) -> Iterator[None]:
     try:
         yield
     except apsw.Error as error:
-        raise IndexStoreError(f"{what}: {reason(error)}") from error
+        said = reason(error)
+        kind = DiskFull if said == _DISK_FULL else IndexStoreError
+        raise kind(f"{what}: {said}") from error
     except UnicodeEncodeError:
         raise IndexStoreError(f"{what}: an id must be Unicode text") from None
+
+
+def not_written(what: str, error: OSError) -> IndexStoreError:
+    """The error for what the system refused to write."""
+    kind = DiskFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else IndexStoreError
+    return kind(f"{what}: {error.strerror}")
 
 
 def damaged(what: str) -> IndexStoreError:

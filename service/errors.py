@@ -7,6 +7,7 @@ a filter's error points at, and never holds a path of this machine: what might i
 replaced.
 """
 
+import errno
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -21,6 +22,7 @@ from clipserve.errors import (
     CheckpointError,
     ClipserveError,
     CollectionClosed,
+    DiskFull,
     FilterError,
     ImageError,
     IndexStoreError,
@@ -117,10 +119,12 @@ _TABLE: dict[type[Exception], tuple[int, str, str]] = {
     ModelFailed: (500, "server_error", "model_failed"),
     NotReady: (503, "server_error", "not_ready"),
     RequestTimeout: (504, "server_error", "timeout"),
+    DiskFull: (507, "server_error", "disk_full"),
     IndexStoreError: (500, "server_error", "collection_failed"),
     Exception: (500, "server_error", "internal_error"),
 }
 _SAFE = (RequestError, FilterError, ImageError, TextError)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
 
 
@@ -136,6 +140,10 @@ def error_response(error: Exception, param: str | None = None) -> Response:
     """The reply for an error, by the table."""
     headers = error.headers if isinstance(error, RequestError) else None
     return _reply(_row(error)[0], error_fields(error, param), headers)
+
+
+def is_disk_full(error: Exception) -> bool:
+    return isinstance(error, DiskFull) or (isinstance(error, OSError) and error.errno in _FULL)
 
 
 def at(error: Exception, param: str) -> Exception:
@@ -164,6 +172,7 @@ def invalid_body(errors: Sequence[Any]) -> RequestError:
 def install_handlers(app: FastAPI) -> None:
     """Make every error of the app, Starlette's own too, one of ours."""
     app.add_exception_handler(ClipserveError, _answer)
+    app.add_exception_handler(OSError, _answer)  # which Starlette would log and raise once more
     app.add_exception_handler(Exception, _answer)
     app.add_exception_handler(HTTPException, _answer_http)
     app.add_exception_handler(RequestValidationError, _answer_validation)
@@ -191,7 +200,11 @@ async def _answer_validation(request: Request, error: Exception) -> Response:
 
 
 def _row(error: Exception) -> tuple[int, str, str]:
-    return next(_TABLE[kind] for kind in type(error).__mro__ if kind in _TABLE)
+    return next(_TABLE[kind] for kind in _kind(error).__mro__ if kind in _TABLE)
+
+
+def _kind(error: Exception) -> type[Exception]:
+    return DiskFull if is_disk_full(error) else type(error)
 
 
 def _message(error: Exception) -> str:
@@ -199,6 +212,9 @@ def _message(error: Exception) -> str:
         return str(error)
     if isinstance(error, CollectionClosed):
         return "the collection was dropped"
+    if is_disk_full(error):
+        logger.error("a request failed: %s", error)
+        return "the service's disk is full, and nothing was changed; make room, then repeat"
     logger.error("a request failed: %s", error, exc_info=error)
     if isinstance(error, CheckpointError):
         return "the model could not be loaded, the old one stays; the server's log says why"

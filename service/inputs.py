@@ -117,6 +117,10 @@ def parse_input_of(
     value: Any, param: str, is_image: bool, max_chars: int = MAX_TEXT_CHARS
 ) -> Input:
     """A picture or a text from a string."""
+    if is_image and not isinstance(value, str):
+        raise RequestError(
+            f"{param} is an image, which must be a string: base64, a data URI or a URL", param=param
+        )
     if isinstance(value, int | list):
         raise RequestError(
             f"{param} holds token ids, which are another model's; send strings"

@@ -20,8 +20,16 @@ from typing import Any, TypeVar
 from clipserve.errors import ConfigError, IndexStoreError
 from index.collection import directory_lock
 from service.bulk import ENDED, About, Job, work_through
-from service.errors import Forbidden, NotFound, NotReady, Overloaded, RequestError, error_fields
-from service.registry import Registry
+from service.errors import (
+    Forbidden,
+    NotFound,
+    NotReady,
+    Overloaded,
+    RequestError,
+    error_fields,
+    is_disk_full,
+)
+from service.registry import Registry, ServedCollection
 from service.spool import LineWriter, Spool
 
 logger = logging.getLogger(__name__)
@@ -65,6 +73,7 @@ class Jobs:
         for job in await self._in_pool(_load, self._root):
             job.touched = self._now()
             self._jobs[job.id] = job
+        self._registry.watch_collections(self._notice)
 
     def resume(self) -> None:
         """The collections are served now. From any thread."""
@@ -133,8 +142,8 @@ class Jobs:
             _check_open(job)
             if not job.total:
                 raise RequestError("the job has no items; append some first", code="no_items")
+            await self._save(job, state="queued")
             job.state = "queued"
-            await self._save(job)
         self._wake(job.collection)
 
     async def cancel(self, job: Job) -> None:
@@ -179,6 +188,22 @@ class Jobs:
     def _is_forsaken(self, job: Job) -> bool:
         is_waiting = job.state == "open" and not job.adding.locked()
         return is_waiting and self._now() - job.touched >= _FORSAKEN_S
+
+    def _notice(self, served: ServedCollection) -> None:
+        """Go on with the jobs of a collection that is served now; end those of one that is not."""
+        if self._registry.collections.get(served.name) is served:
+            self._wake(served.name)
+            return
+        for job in self._jobs.values():
+            if job.identity == served.collection.identity and job.state in ("open", "queued"):
+                job.task = asyncio.create_task(self._abandon(job), context=contextvars.Context())
+
+    async def _abandon(self, job: Job) -> None:
+        async with job.adding:
+            if job.state in ("open", "queued"):
+                job.state, job.error = "failed", "the collection was dropped"
+                with contextlib.suppress(NotReady):
+                    await self._end(job)
 
     def _wake_all(self) -> None:
         for collection in {job.collection for job in self._jobs.values()}:
@@ -227,9 +252,9 @@ class Jobs:
         await self._in_pool(job.spool.drop_lines)
         job.task = None
 
-    async def _save(self, job: Job) -> None:
+    async def _save(self, job: Job, **changes: Any) -> None:
         try:
-            await self._in_pool(job.spool.save, job.about())
+            await self._in_pool(job.spool.save, job.about() | changes)
         except OSError as error:
             raise _not_stored(error) from None
 
@@ -294,9 +319,10 @@ def _check_open(job: Job) -> None:
 
 def _check_disk(folder: Path) -> None:
     if shutil.disk_usage(folder).free < _FREE_BYTES:
-        raise NotReady("the disk for jobs is nearly full; come back later")
+        raise NotReady("the disk for jobs is nearly full; come back later", code="disk_full")
 
 
 def _not_stored(error: OSError) -> NotReady:
     logger.error("a job was not stored: %s", error)
-    return NotReady("the job could not be stored; the server's log says why")
+    code = "disk_full" if is_disk_full(error) else None
+    return NotReady("the job could not be stored; the server's log says why", code=code)

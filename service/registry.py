@@ -26,6 +26,7 @@ from index.search import Searcher
 from service.caches import Caches
 from service.errors import Forbidden, NotFound, RequestError
 from service.fetch import Fetcher
+from service.memory import give_back_pictures
 from service.pipeline import Pipeline
 from service.pool import Pool
 from service.reload import Reloader, ReloadResult, load_checked
@@ -54,9 +55,11 @@ class Registry:
         self.decoders = Pool(settings.decode_threads, "decode", settings.max_batch_s)
         self._store = ThreadPoolExecutor(settings.search_threads, "search")
         self._creating = asyncio.Lock()
+        self._watchers: list[Callable[[ServedCollection], None]] = []
         self._caches = Caches(settings.text_cache_bytes, settings.image_cache_bytes)
         self._reloader = Reloader(self)
         limit_threads()
+        give_back_pictures()
 
     def add_model(self, model: Model, path: Path | None = None) -> ServedModel:
         """Serve a saved model under its own name; a second of that name gets `@fingerprint`.
@@ -120,8 +123,7 @@ class Registry:
                 )
         if name in self.collections:
             raise ConfigError(f"two collections are called {name!r}; rename a directory")
-        searcher = Searcher(path, fingerprint=fingerprint)
-        self.collections[name] = ServedCollection(searcher, model, self.settings)
+        self.collections[name] = self._open(path, model)
         return self.collections[name]
 
     async def create_collection(self, name: str, model_name: str | None = None) -> ServedCollection:
@@ -143,7 +145,8 @@ class Registry:
     async def drop_collection(self, name: str) -> None:
         """Remove a collection below `collections_root` from the service and from disk.
 
-        Searches and writes under way are waited for; who comes later meets CollectionClosed.
+        Searches and writes under way are waited for; who comes later meets CollectionClosed. What
+        cannot be dropped is served again.
         Forbidden as for `create_collection`, and for a collection that lies elsewhere; NotFound.
         """
         root = self._writable_root()
@@ -151,6 +154,10 @@ class Registry:
         if path.resolve().parent != root.resolve():
             raise Forbidden("this collection is not below CLIPSERVE_COLLECTIONS_ROOT and stays")
         await asyncio.shield(self._drop(self.collections.pop(name), path))
+
+    def watch_collections(self, notify: Callable[[ServedCollection], None]) -> None:
+        """Have it called, in the event loop, with what was made, dropped, or is served again."""
+        self._watchers.append(notify)
 
     def model(self, name: str | None) -> ServedModel:
         """By name, or the first one. NotFound lists the known."""
@@ -175,14 +182,13 @@ class Registry:
         return list({id(served): served for served in named + bound}.values())
 
     def collection(self, name: str | None) -> ServedCollection:
-        """By name, or the only one. NotFound lists the known."""
+        """By name, or the only one. NotFound names none: they may say what they hold."""
         if name is None and len(self.collections) == 1:
             return next(iter(self.collections.values()))
         if name not in self.collections:
-            known = ", ".join(self.collections) or "none"
             raise NotFound(
-                f"{'name a collection' if name is None else 'no such collection'}; served here:"
-                f" {known}",
+                f"{'name a collection' if name is None else 'no such collection'}; GET"
+                " /v1/collections lists them",
                 param="collection",
                 code="collection_not_found",
             )
@@ -228,18 +234,33 @@ class Registry:
             loop = asyncio.get_running_loop()
             served = await loop.run_in_executor(self._store, self._make, path, model)
             self._bind(served)
-            self.collections[path.name] = served
+            self._serve(served)
             return served
 
     def _make(self, path: Path, model: ServedModel) -> ServedCollection:
-        Collection.create(
-            path,
-            fingerprint=model.fingerprint,
-            model_name=model.name,
-            embed_dim=model.model.embed_dim,
-        ).close()
+        try:
+            Collection.create(
+                path,
+                fingerprint=model.fingerprint,
+                model_name=model.name,
+                embed_dim=model.model.embed_dim,
+            ).close()
+            return self._open(path, model)
+        except BaseException:  # nothing was there before
+            shutil.rmtree(path, ignore_errors=True)
+            raise
+
+    def _open(self, path: Path, model: ServedModel) -> ServedCollection:
         searcher = Searcher(path, fingerprint=model.fingerprint)
         return ServedCollection(searcher, model, self.settings)
+
+    def _serve(self, served: ServedCollection) -> None:
+        self.collections[served.name] = served
+        self._notify(served)
+
+    def _notify(self, served: ServedCollection) -> None:
+        for notify in self._watchers:
+            notify(served)
 
     def _bind(self, served: ServedCollection) -> None:
         """To the model that has the name now: a reload may have come while it was made."""
@@ -251,8 +272,24 @@ class Registry:
 
     async def _drop(self, served: ServedCollection, path: Path) -> None:
         running = served.admit_no_more()
-        await asyncio.to_thread(self._close_idle, served, running)
-        await asyncio.to_thread(self._erase, path)
+        try:
+            await asyncio.to_thread(self._close_idle, served, running)
+            await asyncio.to_thread(self._erase, path)
+        except Exception:
+            again = await asyncio.to_thread(self._open_again, served, path)
+            self._bind(again)
+            self._serve(again)
+            raise
+        self._notify(served)
+
+    def _open_again(self, served: ServedCollection, path: Path) -> ServedCollection:
+        """What could not be dropped; closed, if need be, so that it has its name and can be dropped
+        once more."""
+        try:
+            return self._open(path, served.model)
+        except Exception as error:
+            logger.error("collection %s can neither be dropped nor served: %s", served.name, error)
+            return served
 
     @staticmethod
     def _close_idle(served: ServedCollection, running: list[Future[Any]]) -> None:
@@ -263,5 +300,9 @@ class Registry:
     def _erase(path: Path) -> None:
         aside = path.with_name(f".dropped-{uuid.uuid4().hex}")
         path.rename(aside)  # the name is free at once
-        (aside / DATABASE).unlink()  # without it the rest is no collection, whatever happens now
-        shutil.rmtree(aside)
+        try:
+            (aside / DATABASE).unlink()  # without it the rest is no collection, whatever happens
+        except OSError:
+            aside.rename(path)
+            raise
+        shutil.rmtree(aside, ignore_errors=True)

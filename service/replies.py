@@ -13,13 +13,35 @@ import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
+from service.errors import RequestError
 from service.registry import ServedModel
 
 OCTETS = "application/octet-stream"
 NPY = "application/x-npy"
+MAX_ANSWER_BYTES = 64 * 2**20
+"""of what makes an answer large: labels, captions, metadata"""
 
 _SMALL = 4096
 """numbers or objects that are written in less time than a pool takes to wake"""
+
+
+class Room:
+    """What still fits into one answer; `param` is what asks for less."""
+
+    def __init__(self, param: str) -> None:
+        self._param = param
+        self._size = 0
+
+    def take(self, size: int) -> None:
+        """RequestError if so many bytes more, which nobody has read yet, are too many."""
+        self._size += size
+        if self._size > MAX_ANSWER_BYTES:
+            raise RequestError(
+                f"the answer would have {self._size} bytes of captions and metadata or more; at"
+                f" most {MAX_ANSWER_BYTES} are allowed: ask for less at once, by {self._param}",
+                param=self._param,
+                code="answer_too_large",
+            )
 
 
 def reply(

@@ -215,7 +215,7 @@ class UpsertItem(Body):
     """One item, with an image, a text, a vector, or a text beside one of the others."""
 
     id: str
-    """1 to 512 bytes; an item of that id is replaced"""
+    """1 to 512 bytes, not "." or ".."; an item of that id is replaced"""
     image: str | None = None
     """base64, a data URI or a URL; a small copy is kept for display"""
     text: str | None = None
@@ -225,7 +225,7 @@ class UpsertItem(Body):
     caption: str = ""
     """shown with a hit"""
     metadata: dict[str, Any] = {}
-    """any JSON object; what a filter looks at"""
+    """any JSON object, with the caption at most 1 MiB; what a filter looks at"""
 
 
 class UpsertRequest(Body):

@@ -4,6 +4,7 @@ Legend: C classes, M templates, E embedding.
 """
 
 import contextlib
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,7 @@ import numpy as np
 from clipserve.checkpoint import MANIFEST
 from clipserve.config import RerankScore
 from clipserve.embed import describe_precision
-from clipserve.errors import CollectionClosed
+from clipserve.errors import ClipserveError, CollectionClosed
 from clipserve.model import Model
 from clipserve.prompts import fill, head_from_prompts, load_templates
 from index.collection import Collection
@@ -31,6 +32,7 @@ from service.notes import without_deadline
 from service.pipeline import Matched, Pipeline
 from service.settings import Settings
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _NAME_BYTES = 128
@@ -148,6 +150,7 @@ class ServedCollection:
         self._lock = threading.Lock()
         self._num_reading = 0
         self._is_idle = threading.Condition()
+        self._rebuilding: threading.Thread | None = None
         if settings.rebuild_indexes and is_writable(searcher.collection.path):
             self._running.enter_context(Maintainer(searcher))
 
@@ -183,6 +186,18 @@ class ServedCollection:
                 self._by_field[field] = made
             return self._by_field[field]
 
+    @property
+    def is_rebuilding(self) -> bool:
+        return self._rebuilding is not None and self._rebuilding.is_alive()
+
+    def start_rebuild(self) -> None:
+        """Build the index anew, in a thread of its own, unless one is at it. Nobody waits for that,
+        `close` neither: what is built for a closed collection is not taken."""
+        if not self.is_rebuilding:
+            name = f"rebuild {self.name}"
+            self._rebuilding = threading.Thread(target=self._rebuild, name=name, daemon=True)
+            self._rebuilding.start()
+
     async def rerank(
         self,
         texts: Sequence[str],
@@ -212,6 +227,21 @@ class ServedCollection:
         with self._is_idle:
             self._is_idle.wait_for(lambda: not self._num_reading, self._patience_s)
         self._running.close()
+
+    def _rebuild(self) -> None:
+        try:
+            Maintainer(self.searcher).rebuild()
+        except Exception as error:  # whatever it is, searches go on
+            if self.is_closed:
+                logger.info("the index of %s is not built anew: it was dropped", self.name)
+                return
+            is_ours = isinstance(error, ClipserveError)
+            logger.error(
+                "the index of %s was not built anew, the old one stays: %s",
+                self.name,
+                error,
+                exc_info=None if is_ours else error,
+            )
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:

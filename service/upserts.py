@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from clipserve.errors import ClipserveError, IndexStoreError
+from clipserve.errors import ClipserveError, IndexStoreError, ItemTooLarge
 from index.collection import Collection, Item, Unit, check_item
-from service.errors import RequestError, at
+from index.items import MAX_ITEM_BYTES
+from service.errors import BodyTooLarge, RequestError, at
 from service.inputs import Input, check_count, fetched, parse_picture, parse_text, parse_vector
 from service.registry import Registry, ServedCollection
 from service.scheduler import Priority
@@ -104,10 +105,17 @@ def _check(
     try:
         check_item(_item(one))
         return _parts(one, place, served, registry)
+    except ItemTooLarge:
+        return BodyTooLarge(
+            f"{place} has over {MAX_ITEM_BYTES} bytes of caption and metadata; keep the rest"
+            " elsewhere",
+            param=place,
+            code="item_too_large",
+        )
     except IndexStoreError:
         return RequestError(
-            f"{place} cannot be stored: an id is 1 to 512 bytes of text, metadata is JSON without"
-            " NaN, at most 64 objects and lists inside each other",
+            f'{place} cannot be stored: an id is 1 to 512 bytes of text, not "." or "..", metadata'
+            " is JSON without NaN, at most 64 objects and lists inside each other",
             param=place,
         )
     except ClipserveError as error:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from clipserve.errors import IndexStoreError
+from clipserve.errors import IndexStoreError, ItemTooLarge
 from index.check import check
 from index.collection import DATABASE, Collection, Item, Unit
 from index.sqlite import transaction
@@ -155,6 +155,8 @@ def test_vectors_are_read_in_the_order_asked_for(collection: Collection) -> None
         ([Item("a"), Item("b"), Item("a")], unit(3), "'a' is given twice"),
         ([Item("")], unit(1), "1 to 512 bytes"),
         ([Item("\u00e9" * 257)], unit(1), "1 to 512 bytes"),
+        ([Item(".")], unit(1), "'.' is not allowed"),
+        ([Item("a"), Item("..")], unit(2), "'..' is not allowed"),
         ([Item("\ud800")], unit(1), "id"),
         ([Item("a", caption="\ud800")], unit(1), "'a': caption"),
         ([Item("a", metadata={"x": float("nan")})], unit(1), "'a': metadata"),
@@ -172,6 +174,28 @@ def test_what_cannot_be_stored_is_refused_whole(
         collection.upsert(items, vectors)
     assert collection.count() == 0
     assert collection.generation() == 0
+
+
+@pytest.mark.parametrize("part", ["caption", "source", "metadata"])
+def test_what_an_item_holds_is_bounded(collection: Collection, part: str) -> None:
+    rest = len('{"m": ""}') if part == "metadata" else len("{}")
+    for size, fits in ((2**20 - rest, True), (2**20 - rest + 1, False)):
+        text = "\u00e9" * (size // 2) + "x" * (size % 2)  # so many bytes
+        item = Item("a", **{part: {"m": text} if part == "metadata" else text})
+        if fits:
+            collection.upsert([item], unit(1))
+        else:
+            with pytest.raises(ItemTooLarge, match="'a': .* 1048577 bytes"):
+                collection.upsert([item], unit(1))
+    rowids = collection.rowids()
+    assert collection.sizes_of(rowids) == {int(rowids[0]): 2**20}
+
+
+def test_the_rows_of_a_page_are_those_of_its_items(collection: Collection) -> None:
+    collection.upsert([Item(id, caption=id) for id in ("c", "a", "b")], unit(3))
+    items = collection.items_of(collection.page_rowids("a", 2))
+    assert [items[rowid].id for rowid in collection.page_rowids("a", 2).tolist()] == ["b", "c"]
+    assert collection.page_rowids("c").tolist() == []
 
 
 def test_an_item_needs_a_vector(collection: Collection) -> None:

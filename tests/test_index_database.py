@@ -1,4 +1,5 @@
 import contextlib
+import errno
 import itertools
 import resource
 import shutil
@@ -13,7 +14,7 @@ import apsw
 import numpy as np
 import pytest
 
-from clipserve.errors import IndexStoreError
+from clipserve.errors import DiskFull, IndexStoreError
 from index import acknowledged
 from index.acknowledged import ACKNOWLEDGED
 from index.check import check
@@ -507,3 +508,23 @@ def test_a_thread_that_ends_leaves_no_connection_open(tmp_path: Path) -> None:
 def test_errors_of_sqlite_say_what_to_do(code: int, says: str) -> None:
     with pytest.raises(IndexStoreError, match=f"pets: .*{says}"), store_errors("pets"):
         raise apsw.exception_for(code)
+
+
+@pytest.mark.parametrize("code", [apsw.SQLITE_FULL, apsw.SQLITE_IOERR_SHMSIZE])
+def test_a_full_disk_is_an_error_of_its_own(code: int) -> None:
+    with pytest.raises(DiskFull, match="make room"), store_errors("pets"):
+        raise apsw.exception_for(code)
+    with pytest.raises(IndexStoreError) as other, store_errors("pets"):
+        raise apsw.exception_for(apsw.SQLITE_IOERR_READ)
+    assert not isinstance(other.value, DiskFull)
+
+
+def test_a_collection_that_finds_no_room_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(acknowledged, "write", fail)
+    with pytest.raises(DiskFull, match="No space left"):
+        Collection.create(tmp_path, **MODEL)

@@ -302,3 +302,19 @@ def test_closing_does_not_wait_for_a_long_build(
     maintainer._thread.join(LONG_S)
     assert not maintainer._thread.is_alive()
     assert searcher.stats().fresh == 0  # a search takes what was left behind
+
+
+def test_what_fails_because_it_was_closed_is_no_error(
+    searcher: Searcher, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    built = Built(monkeypatch)
+    built.may_go_on.clear()
+    built.fails = True
+    with Maintainer(searcher, min_rows=0, poll_s=0.01) as maintainer:
+        monkeypatch.setattr(searcher, "stats", lambda: SearchStats(10, 10, 0))
+        maintainer.notify()
+        while not built.how:
+            threading.Event().wait(0.005)
+        maintainer._closing.set()
+        built.may_go_on.set()
+    assert "not built anew" not in caplog.text

@@ -4,6 +4,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from test_index_collection import unwritable
 from truths import DIM, Truth, clustered, unit
 
-from clipserve.errors import IndexStoreError
+from clipserve.errors import CollectionClosed, IndexStoreError
 from index import cache, rank
 from index import search as search_module
 from index.build import build
@@ -376,3 +377,29 @@ def test_while_an_index_is_being_taken_searches_go_on_with_the_old_one(truth: Tr
     assert searcher.info is not None
     assert searcher.info.kind == "IVF4,SQ8"
     truth.check(searcher, unit(3, seed=3), 5)
+
+
+def test_closing_waits_for_an_index_that_is_being_loaded(
+    truth: Truth, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    truth.upsert([f"{i}" for i in range(50)], unit(50))
+    searcher = Searcher(truth.collection.path, device="cpu")
+    entered, go_on = threading.Event(), threading.Event()
+    load = searcher._load
+
+    def held(generation: int) -> object:
+        entered.set()
+        assert go_on.wait(60)
+        return load(generation)
+
+    monkeypatch.setattr(searcher, "_load", held)
+    with ThreadPoolExecutor(2) as pool:
+        taking = pool.submit(searcher.take_index, lambda: True)
+        assert entered.wait(60)
+        closing = pool.submit(searcher.close)
+        assert wait([closing], 0.05).not_done
+        go_on.set()
+        taking.result()
+        closing.result()
+    with pytest.raises(CollectionClosed):
+        searcher.take_index(lambda: True)

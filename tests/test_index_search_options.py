@@ -344,3 +344,25 @@ def test_the_text_vectors_are_searched_by_themselves(truth: Truth) -> None:
         build(truth.collection, kind="exact", field="text")
     with pytest.raises(IndexStoreError, match="'sound'"):
         Searcher(truth.collection.path, field="sound", device="cpu")
+
+
+def test_what_the_hits_hold_is_told_before_it_is_read(
+    truth: Truth, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    items = [Item(f"{i}", "\u00e9" * i, "s", {"n": i}) for i in range(10)]
+    truth.collection.upsert(items, unit(10))
+    searcher = truth.searcher()
+    sizes = [2 * i + 1 + len(f'{{"n": {i}}}') for i in range(10)]
+    told: list[int] = []
+    hits = searcher.search(unit(3, seed=2), 4, admit=told.append)
+    assert told == [sum(sizes[int(hit.id)] for own in hits for hit in own)]
+
+    def refuse(size: int) -> None:
+        raise ValueError(size)
+
+    monkeypatch.setattr(searcher.collection, "items_of", None)
+    with pytest.raises(ValueError, match=f"{told[0]}"):
+        searcher.search(unit(3, seed=2), 4, admit=refuse)
+    with pytest.raises(ValueError, match=f"{told[0]}"):
+        searcher.search(unit(3, seed=2), 4, exclude=["none"], admit=refuse)
+    assert len(searcher.search(unit(3, seed=2), 4, with_items=False, admit=refuse)) == 3

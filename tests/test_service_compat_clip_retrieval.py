@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from toys import Toys, b64, toys
 
+from service import replies
+
 DEFAULTS = {
     "text": None,
     "image": None,
@@ -132,3 +134,14 @@ def test_a_body_that_is_not_json_is_an_error(world: Toys):
         refused = world.client.post(path, content=b"not json")
         assert refused.status_code == 400
         assert world.error(refused)["code"] == "invalid_json"
+
+
+def test_an_answer_that_is_too_large_is_refused(world: Toys, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(replies, "MAX_ANSWER_BYTES", 40)
+    assert ask(world, text="a", num_images=1).status_code == 200
+    refused = ask(world, text="a", num_images=6, num_result_ids=6)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "answer_too_large")
+    ids = ["toy/1"]
+    assert world.client.post("/metadata", json={"ids": ids}).status_code == 200
+    refused = world.client.post("/metadata", json={"ids": ids * 20})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "ids")

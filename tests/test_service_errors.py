@@ -1,5 +1,7 @@
 """The table of errors: statuses, codes, and messages that tell nothing of this machine."""
 
+import errno
+
 import orjson
 import pytest
 
@@ -7,6 +9,7 @@ from clipserve.errors import (
     CheckpointError,
     ClipserveError,
     ConfigError,
+    DiskFull,
     FilterError,
     ImageError,
     IndexStoreError,
@@ -41,6 +44,10 @@ from service.errors import (
         (HeadersTooLarge("x"), 431, "headers_too_large"),
         (IndexStoreError("x"), 500, "collection_failed"),
         (ConfigError("x"), 500, "internal_error"),
+        (DiskFull("x"), 507, "disk_full"),
+        (OSError(errno.ENOSPC, "No space left on device"), 507, "disk_full"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), 507, "disk_full"),
+        (OSError(errno.EIO, "Input/output error"), 500, "internal_error"),
         (MemoryError(), 500, "internal_error"),
     ],
 )
@@ -64,6 +71,7 @@ def test_a_filters_error_says_where():
         IndexStoreError("/srv/secret/items.sqlite is locked"),
         ClipserveError("/srv/secret"),
         OSError(2, "No such file", "/srv/secret"),
+        OSError(errno.ENOSPC, "No space left on device", "/srv/secret"),
         RuntimeError("<object at 0x7f0000000000> secret"),
     ],
 )

@@ -1,6 +1,7 @@
 """Bulk jobs: /v1/jobs, what survives a crash, and what a job costs others."""
 
 import asyncio
+import errno
 import json
 import logging
 import os
@@ -306,17 +307,79 @@ def test_failures_are_counted_and_the_first_are_named(
     assert (done["num_failed"], [one["index"] for one in done["failed"]]) == (100, [0, 1, 2])
 
 
-def test_a_job_for_a_collection_that_was_made_anew_fails(own_world: World):
+def test_a_job_for_a_collection_that_was_made_anew_fails(tmp_path: Path, model_dir: Path):
+    settings = load_settings(jobs_dir=tmp_path / "jobs")
+    with serving(tmp_path, model_dir, settings) as world:
+        made = world.post("/v1/jobs", items=texts(3), start=False).json()
+    shutil.rmtree(tmp_path / "toys")
+    with serving(tmp_path, model_dir, settings) as world:
+        world.client.post(f"/v1/jobs/{made['id']}:start")
+        finish(world)
+        failed = job(world, made["id"])
+        assert failed["state"] == "failed"
+        assert "made anew" in failed["error"]
+        assert world.get("/v1/collections/toys").json()["count"] == COUNT
+
+
+def test_the_jobs_of_a_dropped_collection_end_and_make_room(tmp_path: Path, model_dir: Path):
+    settings = load_settings(collections_root=tmp_path, jobs_dir=tmp_path / "jobs", max_jobs=3)
+    with serving(tmp_path, model_dir, settings) as world, held_model(world) as model:
+        world.put("/v1/collections/other")
+        starts = (True, True, False)
+        made = [
+            world.post("/v1/jobs", collection="other", items=texts(3), start=start).json()["id"]
+            for start in starts
+        ]
+        assert model.reached.wait(30)
+        assert world.client.delete("/v1/collections/other").status_code == 200
+        model.release.set()
+        finish(world)
+        for id in made:
+            ended = job(world, id)
+            assert (ended["state"], ended["error"]) == ("failed", "the collection was dropped")
+            assert not (tmp_path / "jobs" / id / "lines").exists()
+        kept = [json.loads((tmp_path / "jobs" / id / "job.json").read_bytes()) for id in made]
+        assert [one["state"] for one in kept] == ["failed"] * 3
+        response = world.client.post(f"/v1/jobs/{made[2]}:start")
+        assert error(response)["code"] == "job_not_open"
+        assert world.post("/v1/jobs", collection="toys", items=texts(1)).status_code == 202
+
+
+def test_the_jobs_of_a_collection_that_comes_back_go_on(
+    own_world: World, monkeypatch: pytest.MonkeyPatch
+):
     own_world.put("/v1/collections/other")
-    made = own_world.post("/v1/jobs", collection="other", items=texts(3), start=False).json()
-    own_world.client.delete("/v1/collections/other")
-    own_world.put("/v1/collections/other")
-    own_world.client.post(f"/v1/jobs/{made['id']}:start")
+    with held_model(own_world) as model, monkeypatch.context() as failing:
+        first = own_world.post("/v1/jobs", collection="other", items=texts(3)).json()["id"]
+        second = own_world.post("/v1/jobs", collection="other", items=texts(3)).json()["id"]
+        assert model.reached.wait(30)
+        failing.setattr(own_world.registry, "_erase", lambda path: path.rename(path / "below"))
+        assert own_world.client.delete("/v1/collections/other").status_code == 500
+        model.release.set()
+        finish(own_world)
+    assert job(own_world, first)["state"] in ("failed", "done")
+    assert job(own_world, second)["state"] == "done"
+    assert own_world.get("/v1/collections/other").json()["count"] == 3
+
+
+def test_a_job_whose_start_cannot_be_stored_can_be_started_later(
+    own_world: World, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    id = own_world.post("/v1/jobs", collection="toys", items=texts(2), start=False).json()["id"]
+    with monkeypatch.context() as full:
+        full.setattr("service.spool.write_atomic", fail)
+        refused = own_world.client.post(f"/v1/jobs/{id}:start")
+    assert (refused.status_code, error(refused)["code"]) == (503, "disk_full")
+    assert job(own_world, id)["state"] == "open"
+    more = lines(texts(1, 9))
+    appended = own_world.client.post(f"/v1/jobs/{id}:append", content=more, headers=NDJSON)
+    assert appended.status_code == 200
+    assert own_world.client.post(f"/v1/jobs/{id}:start").status_code == 202
     finish(own_world)
-    failed = job(own_world, made["id"])
-    assert failed["state"] == "failed"
-    assert "made anew" in failed["error"]
-    assert own_world.get("/v1/collections/other").json()["count"] == 0
+    assert (job(own_world, id)["state"], job(own_world, id)["done"]) == ("done", 3)
 
 
 def test_a_damaged_collection_fails_the_job_without_its_path(

@@ -1,6 +1,8 @@
 """What may be served together."""
 
 import asyncio
+import errno
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +15,7 @@ from conftest import encode, make_picture
 
 import clipserve
 from clipserve import checkpoint
-from clipserve.errors import CollectionClosed, ConfigError, IndexStoreError
+from clipserve.errors import CollectionClosed, ConfigError, DiskFull, IndexStoreError
 from clipserve.images import make_thumbnail
 from clipserve.model import create
 from index.collection import Collection, Item
@@ -326,3 +328,92 @@ def test_a_collection_made_during_a_reload_says_whether_its_model_stayed(
     assert served.stale is not same
     assert served.model is (new if same else old)
     old.pipeline.close()
+
+
+def test_a_collection_is_dropped_while_its_new_index_is_loaded(rooted, monkeypatch, caplog):
+    served = asyncio.run(rooted.create_collection("toys", None))
+    served.collection.upsert([Item("a")], np.ones((1, 16)) / 4)
+    entered, go_on = threading.Event(), threading.Event()
+    load = served.searcher._load
+
+    def held(generation: int) -> object:
+        entered.set()
+        assert go_on.wait(10)
+        return load(generation)
+
+    monkeypatch.setattr(served.searcher, "_load", held)
+    served.start_rebuild()
+    assert served.is_rebuilding
+    assert entered.wait(30)
+
+    async def scenario() -> None:
+        dropping = asyncio.ensure_future(rooted.drop_collection("toys"))
+        await asyncio.sleep(0.05)
+        assert not dropping.done()
+        go_on.set()
+        await dropping
+
+    asyncio.run(scenario())
+    again = asyncio.run(rooted.create_collection("toys", None))
+    assert not again.is_rebuilding
+    assert again.collection.count() == 0
+    assert "not built anew" not in caplog.text
+
+
+def test_what_cannot_be_dropped_is_served_again(rooted, monkeypatch):
+    asyncio.run(rooted.create_collection("toys", None))
+    told = []
+    rooted.watch_collections(told.append)
+    for name in ("rename", "unlink"):
+        old = rooted.collection("toys")
+        old.collection.upsert([Item(name)], np.ones((1, 16)) / 4)
+        with monkeypatch.context() as failing:
+            failing.setattr(Path, name, deny)
+            if name == "unlink":
+                failing.setattr(Path, "rename", lambda path, to: os.rename(path, to))
+            with pytest.raises(PermissionError):
+                asyncio.run(rooted.drop_collection("toys"))
+        again = rooted.collection("toys")
+        assert again is not old
+        assert told.pop() is again
+        assert asyncio.run(rooted.in_store(again, again.collection.contains, [name])) == {name}
+    asyncio.run(rooted.drop_collection("toys"))
+    with pytest.raises(NotFound):
+        rooted.collection("toys")
+
+
+def deny(*_: object) -> None:
+    raise PermissionError(13, "Permission denied")
+
+
+def test_what_can_neither_be_dropped_nor_opened_keeps_its_name(rooted, monkeypatch, tmp_path):
+    served = asyncio.run(rooted.create_collection("toys", None))
+    with monkeypatch.context() as failing:
+        failing.setattr(rooted, "_erase", deny)
+        failing.setattr(rooted, "_open", deny)
+        with pytest.raises(PermissionError):
+            asyncio.run(rooted.drop_collection("toys"))
+    assert rooted.collection("toys") is served
+    asyncio.run(rooted.drop_collection("toys"))
+    assert list((tmp_path / "root").iterdir()) == []
+
+
+def test_a_collection_that_cannot_be_made_leaves_its_name_free(rooted, monkeypatch, tmp_path):
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr("index.acknowledged.write", fail)
+        with pytest.raises(DiskFull):
+            asyncio.run(rooted.create_collection("toys", None))
+    assert list((tmp_path / "root").iterdir()) == []
+    assert asyncio.run(rooted.create_collection("toys", None)).collection.count() == 0
+
+
+def test_who_names_no_collection_that_is_there_is_told_of_none(rooted):
+    for name in ("secret", "other"):
+        asyncio.run(rooted.create_collection(name, None))
+    for name, says in ((None, "name a collection"), ("none", "no such collection")):
+        with pytest.raises(NotFound, match=says) as refused:
+            rooted.collection(name)
+        assert "secret" not in str(refused.value)

@@ -150,3 +150,11 @@ def test_what_is_embedded_for_a_collection_that_is_dropped_meanwhile_finds_none(
         world.client.portal.call(finish)
         ended = world.get(f"/v1/jobs/{job['id']}").json()
         assert (ended["state"], ended["error"]) == ("failed", "the collection was dropped")
+
+
+def test_a_collection_that_is_being_dropped_is_not_listed(own_world: World):
+    own_world.put("/v1/collections/other")
+    own_world.registry.collections["other"].admit_no_more()
+    listed = own_world.get("/v1/collections")
+    assert listed.status_code == 200
+    assert [one["name"] for one in listed.json()["data"]] == ["toys"]

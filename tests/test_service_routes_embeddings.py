@@ -244,6 +244,8 @@ def test_a_url_is_followed_where_fetching_is_on(own_world: World):
     [
         ({"input": [1, 2, 3]}, 400, "check_embedding_ctx_length"),
         ({"input": [[1, 2], [3]]}, 400, "check_embedding_ctx_length"),
+        ({"input": [{"image": 1}]}, 400, "input[0].image is an image, which must be a string"),
+        ({"input": [[1]], "modality": "image"}, 400, "base64, a data URI or a URL"),
         ({"input": []}, 400, "empty"),
         ({"input": ""}, 400, "empty"),
         ({"input": ["x"] * 2049}, 400, "at most 256"),

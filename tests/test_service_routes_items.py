@@ -2,14 +2,17 @@
 
 import json
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
+import apsw
 import numpy as np
 import pytest
 from conftest import encode, make_picture
-from served import COUNT, World, b64, check_refusal, post_json, serving
+from served import COUNT, World, b64, check_refusal, error, post_json, serving
 
-from index.collection import Collection
+from index.collection import Collection, Item
+from service import replies
 from service.settings import load_settings
 
 
@@ -79,6 +82,10 @@ def test_an_acknowledged_write_is_on_disk(own_world: World, tmp_path: Path):
         ([{"id": "n", "image": "eHh4", "vector": [1.0]}], 400, "keep one"),
         ([{"id": "", "text": "x"}], 400, "items[0]"),
         ([{"id": "i" * 513, "text": "x"}], 400, "items[0]"),
+        ([{"id": ".", "text": "x"}], 400, "items[0] cannot be stored: an id is"),
+        ([{"id": "good", "text": "x"}, {"id": "..", "text": "x"}], 400, 'not "." or ".."'),
+        ([{"id": "n", "text": "x", "metadata": {"a": "x" * 2**20}}], 413, "items[0] has over"),
+        ([{"id": "n", "text": "x", "caption": "x" * 2**20}], 413, "1048576 bytes of caption"),
         ([{"id": "n", "text": "x", "metadata": {"a": float("inf")}}], 400, "items[0]"),
         ([{"id": "n", "text": "x", "metadata": []}], 422, "metadata"),
         ([{"id": "n", "vector": [1.0] * 15}], 400, "items[0].vector"),
@@ -164,3 +171,47 @@ def test_a_collection_may_be_called_items(tmp_path: Path, model_dir: Path):
 def test_a_slash_in_a_collections_name_does_not_shift_the_id(world: World):
     path = "/v1/collections/toys%2Fitems/items/toys%2F1"
     assert world.client.get(path).status_code == 404
+
+
+def test_a_page_that_is_too_large_is_refused_before_it_is_read(
+    world: World, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(replies, "MAX_ANSWER_BYTES", 200)
+    assert world.get("/v1/collections/toys/items", limit=2).status_code == 200
+    monkeypatch.setattr(Collection, "scan", None)
+    response = world.get("/v1/collections/toys/items", limit=COUNT)
+    check_refusal(response, 400, "at most 200 are allowed")
+    assert (error(response)["code"], error(response)["param"]) == ("answer_too_large", "limit")
+
+
+def test_an_old_item_of_an_id_that_no_path_can_name_is_read_and_deleted(
+    own_world: World, monkeypatch: pytest.MonkeyPatch
+):
+    collection = own_world.registry.collections["toys"].collection
+    with monkeypatch.context() as earlier:
+        earlier.setattr("index.items._NOT_NEW_IDS", ())
+        collection.upsert([Item(".."), Item(".")], own_world.vectors[:2])
+    listed = own_world.get("/v1/collections/toys/items", limit=2).json()["data"]
+    assert [item["id"] for item in listed] == [".", ".."]
+    assert own_world.post("/v1/search", id="..", k=1).status_code == 200
+    answer = own_world.post("/v1/collections/toys/items:delete", ids=[".", ".."])
+    assert answer.json()["deleted"] == 2
+    assert own_world.get("/v1/collections/toys").json()["count"] == COUNT
+
+
+def test_a_full_disk_is_told_in_one_line(
+    own_world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    def fail(*_: Any, **__: Any) -> None:
+        raise apsw.exception_for(apsw.SQLITE_FULL)
+
+    monkeypatch.setattr("index.collection._remove", fail)
+    item = {"id": "a", "text": "x"}
+    answer = own_world.put("/v1/collections/toys/items", items=[item])
+    check_refusal(answer, 507, "disk is full")
+    assert error(answer)["code"] == "disk_full"
+    told = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert len(told) == 1
+    assert told[0].exc_info is None
+    monkeypatch.undo()
+    assert own_world.put("/v1/collections/toys/items", items=[item]).status_code == 200

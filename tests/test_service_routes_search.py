@@ -18,6 +18,7 @@ from clipserve.images import make_thumbnail
 from index.build import build as build_index
 from index.collection import Item
 from index.rerank import rerank
+from service import replies
 from service.settings import load_settings
 
 WAIT_S = 30
@@ -374,7 +375,7 @@ def test_a_filter_of_numbers_on_a_field_of_texts_is_refused(own_world: World):
         ({"text": "a", "deduplicate": 0}, 422, "deduplicate"),
         ({"text": "a", "field": "sound"}, 422, "field"),
         ({"text": "a", "filter": []}, 422, "filter"),
-        ({"text": "a", "collection": "../toys"}, 404, "served here: toys"),
+        ({"text": "a", "collection": "../toys"}, 404, "no such collection; GET /v1/coll"),
         ({"text": " "}, 400, "empty"),
         ({"text": "a" * 20_000}, 422, "20000 characters"),
         ({"image": "ftp://x/y.png"}, 400, "URL"),
@@ -398,3 +399,23 @@ def test_json_in_a_form_must_be_json(world: World):
 def test_as_many_hits_as_one_request_may_have_are_given(world: World):
     for ask in ({"k": 1000, "offset": 9000}, {"k": 1000, "with_vectors": True}):
         assert world.post("/v1/search", text="a", **ask).status_code == 200
+
+
+def test_an_answer_that_is_too_large_is_refused_before_it_is_read(
+    own_world: World, monkeypatch: pytest.MonkeyPatch
+):
+    item = {"id": "large", "text": "a red heart", "metadata": {"x": "y" * 5000}}
+    own_world.put("/v1/collections/toys/items", items=[item])
+    monkeypatch.setattr(replies, "MAX_ANSWER_BYTES", 16_000)
+    one = {"text": "a red heart", "field": "text", "k": 1}
+    assert own_world.post("/v1/search", **one).status_code == 200
+    batch = [{"text": "a"}] * 3
+    assert own_world.post("/v1/search", batch=batch, field="text").status_code == 200
+    apart = [{"id": f"toys/{i}"} for i in range(4)]  # which are searched for one after the other
+    for queries in ([{"text": "a"}] * 4, apart):
+        response = own_world.post("/v1/search", batch=queries, k=COUNT)
+        check_refusal(response, 400, "at most 16000 are allowed: ask for less at once, by k")
+        assert (error(response)["code"], error(response)["param"]) == ("answer_too_large", "k")
+    collection = own_world.registry.collections["toys"].collection
+    monkeypatch.setattr(collection, "items_of", None)
+    assert own_world.post("/v1/search", batch=[{"text": "a"}] * 4).status_code == 400

@@ -5,6 +5,7 @@ aesthetic score; asking for them changes nothing, as in a back end that was star
 """
 
 import base64
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -19,7 +20,7 @@ from service.compat.vectors import Lenient, docs, embed, reply_bare
 from service.errors import RequestError
 from service.inputs import check_count, parse_picture, parse_text, parse_vector
 from service.registry import Registry, ServedCollection
-from service.replies import image_url
+from service.replies import Room, image_url
 from service.routes.state import ServedRegistry
 from service.schemas import K_MAX, Values
 
@@ -86,7 +87,7 @@ async def metadata(request: Request, registry: ServedRegistry) -> Response:
     body = await parse_json(request, MetadataRequest, await request.body())
     served = registry.collection(body.indice_name)
     check_count(len(body.ids), K_MAX, "ids")
-    items = await registry.in_store(served, served.collection.get, body.ids)
+    items = await registry.in_store(served, _items, served, body.ids)
     generation = await registry.in_store(served, served.collection.generation)
     content = [
         {
@@ -142,10 +143,21 @@ def _search(
     collection = served.collection
     with collection.snapshot():
         rowids = collection.rowids_of(first)
-        pictures = collection.thumbnails_of(np.array(list(rowids.values()), dtype=np.int64))
+        rows = np.array(list(rowids.values()), dtype=np.int64)
+        Room("num_images").take(sum(collection.sizes_of(rows).values()))
+        pictures = collection.thumbnails_of(rows)
         items = collection.get(first)
     by_id = {id: pictures[rowid] for id, rowid in rowids.items() if rowid in pictures}
     return hits, items, by_id
+
+
+def _items(served: ServedCollection, ids: Sequence[str]) -> dict[str, Item]:
+    collection = served.collection
+    with collection.snapshot():
+        rowids = collection.rowids_of(ids)
+        sizes = collection.sizes_of(np.array(list(rowids.values()), dtype=np.int64))
+        Room("ids").take(sum(sizes[rowids[id]] for id in ids if id in rowids))
+        return collection.get(ids)
 
 
 def _metadata(item: Item, url: str) -> dict[str, Any]:

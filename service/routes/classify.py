@@ -24,13 +24,12 @@ from service.inputs import (
 )
 from service.label_sets import LabelSets
 from service.registry import Registry
-from service.replies import reply, to_json, written
+from service.replies import MAX_ANSWER_BYTES, reply, to_json, written
 from service.routes.state import ServedLabelSets, ServedRegistry
 from service.schemas import ClassifyRequest, request_docs
 
 router = APIRouter(tags=["classify"])
 
-_MAX_ANSWER_BYTES = 64 * 2**20
 _PREDICTION_BYTES = 72
 """of JSON, beside the label"""
 _CHARACTER_BYTES = 6
@@ -141,10 +140,10 @@ def _check_answer(labels: tuple[str, ...], top_k: int, items: _Items) -> None:
     """RequestError for an answer too large, as each item repeats its labels."""
     label_bytes = min(len(to_json(labels)), top_k * _CHARACTER_BYTES * max(map(len, labels)))
     size = len(items.inputs) * (top_k * _PREDICTION_BYTES + label_bytes)
-    if size > _MAX_ANSWER_BYTES:
+    if size > MAX_ANSWER_BYTES:
         raise RequestError(
             f"the answer, {top_k} labels for each of {len(items.inputs)} {items.param}, would have"
-            f" up to {size} bytes; at most {_MAX_ANSWER_BYTES} are allowed: set top_k, or send"
+            f" up to {size} bytes; at most {MAX_ANSWER_BYTES} are allowed: set top_k, or send"
             " fewer at once",
             param="top_k",
             code="answer_too_large",

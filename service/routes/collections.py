@@ -1,17 +1,15 @@
 """/v1/collections: what is served, making, dropping and counting; `items.py` is what is in them."""
 
-import logging
-import threading
+import contextlib
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request
 from pydantic_core import from_json
 from starlette.responses import Response
 
-from clipserve.errors import ClipserveError
+from clipserve.errors import CollectionClosed
 from index.cache import read_info
 from index.filters import Filter, parse
-from index.maintain import Maintainer
 from service.auth import require
 from service.bodies import read_json
 from service.errors import RequestError
@@ -20,15 +18,16 @@ from service.replies import reply
 from service.routes.state import ServedRegistry
 from service.schemas import CreateRequest, request_docs
 
-logger = logging.getLogger(__name__)
 router = APIRouter(tags=["collections"])
 
 
 @router.get("/v1/collections")
 async def collections(registry: ServedRegistry) -> Response:
     """Every collection served."""
-    served = list(registry.collections.values())
-    data = [await registry.in_store(collection, _describe, collection) for collection in served]
+    data = []
+    for served in list(registry.collections.values()):
+        with contextlib.suppress(CollectionClosed):  # it is being dropped
+            data.append(await registry.in_store(served, _describe, served))
     return reply({"object": "list", "data": data})
 
 
@@ -43,9 +42,7 @@ async def rebuild(name: str, registry: ServedRegistry) -> Response:
     """
     served = registry.collection(name)
     served.check_writable()
-    if not _is_rebuilding(name):
-        thread = threading.Thread(target=_rebuild, args=(served,), name=_thread(name), daemon=True)
-        thread.start()
+    served.start_rebuild()
     return reply({"collection": name, "state": "rebuilding"}, served.model, status=202)
 
 
@@ -89,30 +86,6 @@ async def count(name: str, registry: ServedRegistry, filter: str | None = None) 
     return reply({"collection": name, "count": number}, served.model)
 
 
-def _rebuild(served: ServedCollection) -> None:
-    try:
-        Maintainer(served.searcher).rebuild()
-    except Exception as error:  # whatever it is, searches go on
-        if served.is_closed:
-            logger.info("the index of %s is not built anew: it was dropped", served.name)
-            return
-        is_ours = isinstance(error, ClipserveError)
-        logger.error(
-            "the index of %s was not built anew, the old one stays: %s",
-            served.name,
-            error,
-            exc_info=None if is_ours else error,
-        )
-
-
-def _is_rebuilding(name: str) -> bool:
-    return any(thread.name == _thread(name) for thread in threading.enumerate())
-
-
-def _thread(name: str) -> str:
-    return f"rebuild {name}"
-
-
 def _describe(served: ServedCollection) -> dict[str, Any]:
     collection = served.collection
     info = read_info(collection.path)
@@ -128,7 +101,7 @@ def _describe(served: ServedCollection) -> dict[str, Any]:
         "fingerprint": served.model.fingerprint,
         "stale": served.stale,
         "searched": {"indexed": stats.indexed, "fresh": stats.fresh, "dead": stats.dead},
-        "rebuilding": _is_rebuilding(served.name),
+        "rebuilding": served.is_rebuilding,
         "index": {
             "kind": info.kind,
             "reason": info.reason,

@@ -18,7 +18,7 @@ from service.bodies import read_json
 from service.errors import NotFound, RequestError
 from service.inputs import check_count
 from service.registry import ServedCollection
-from service.replies import image_url, reply
+from service.replies import Room, image_url, reply
 from service.routes.state import ServedRegistry
 from service.schemas import DeleteRequest, UpsertItem, UpsertRequest, request_docs
 from service.upserts import Prepared, prepare, store
@@ -140,7 +140,11 @@ async def delete(name: str, id: str, request: Request, registry: ServedRegistry)
 
 
 def _scan(served: ServedCollection, start_after: str, limit: int) -> tuple[list[Item], int]:
-    return served.collection.scan(start_after, limit), served.collection.generation()
+    collection = served.collection
+    with collection.snapshot() as generation:
+        sizes = collection.sizes_of(collection.page_rowids(start_after, limit))
+        Room("limit").take(sum(sizes.values()))
+        return collection.scan(start_after, limit), generation
 
 
 def _get(served: ServedCollection, id: str) -> tuple[Item, int]:

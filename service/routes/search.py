@@ -25,7 +25,7 @@ from service.inputs import (
     parse_vector,
 )
 from service.registry import Registry, ServedCollection
-from service.replies import image_url, reply, written
+from service.replies import Room, image_url, reply, written
 from service.routes.state import ServedRegistry
 from service.schemas import Part, Query, SearchRequest, WeightedPart, request_docs
 
@@ -271,7 +271,7 @@ def _find(
     searcher: Searcher,
 ) -> list[list[Hit]]:
     """Queries that leave the same items out are searched for together."""
-    k, offset = body.k, body.offset
+    k, offset, room = body.k, body.offset, Room("k")
     if body.rerank:  # an offset into the order that there will be
         k, offset = max(body.k_test, body.offset + body.k), 0
     hits: list[list[Hit]] = [[] for _ in asked]
@@ -285,6 +285,7 @@ def _find(
             unique=body.deduplicate,
             exclude=exclude,
             exact=body.exact,
+            admit=room.take,
         )
         for place, own in zip(places, found, strict=True):
             hits[place] = own
