@@ -4,6 +4,7 @@
 """
 
 import logging
+import shutil
 import socket
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ from service.label_sets import load_label_sets
 from service.limits import Load, RequestLimits
 from service.logs import ObserveRequests
 from service.rate import RateLimit
-from service.registry import Registry
+from service.registry import DROPPED, Registry
 from service.routes import (
     classify,
     collections,
@@ -183,9 +184,11 @@ def _find_collections(settings: Settings, named: Sequence[Path]) -> list[Path]:
         return []
     if not root.is_dir():
         raise ConfigError(f"collections_root {root} is not a directory")
+    for left in root.glob(f"{DROPPED}*"):  # by a drop that was cut short
+        shutil.rmtree(left, ignore_errors=True)
     known = {path.resolve() for path in named}
     found = sorted(file.parent for file in root.glob(f"*/{DATABASE}"))
-    return [path for path in found if path.resolve() not in known]
+    return [path for path in found if path.resolve() not in known and path.name[0] != "."]
 
 
 def _document(app: FastAPI) -> None:

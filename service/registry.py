@@ -38,6 +38,9 @@ from service.telemetry import Telemetry
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
+DROPPED = ".dropped-"
+"""what a collection's folder is called from its drop to its end"""
+
 _BODY_THREADS = 2
 _COLLECTION_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -298,7 +301,7 @@ class Registry:
 
     @staticmethod
     def _erase(path: Path) -> None:
-        aside = path.with_name(f".dropped-{uuid.uuid4().hex}")
+        aside = path.with_name(f"{DROPPED}{uuid.uuid4().hex}")
         path.rename(aside)  # the name is free at once
         try:
             (aside / DATABASE).unlink()  # without it the rest is no collection, whatever happens

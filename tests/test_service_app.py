@@ -1,6 +1,7 @@
 """The service as a whole: what all routes share, poison, load and failure, the process."""
 
 import os
+import shutil
 import signal
 import socket
 import struct
@@ -336,6 +337,7 @@ serve([Path(sys.argv[1])], [], load_settings(port=0, collections_root=Path(sys.a
 def test_serve_says_where_it_listens_and_ends_well(tmp_path: Path, model_dir: Path):
     registry, _ = build(tmp_path, model_dir, load_settings())
     registry.close()
+    shutil.copytree(tmp_path / "toys", tmp_path / ".dropped-0")  # left by a killed service
     process = subprocess.Popen(
         [sys.executable, "-c", SERVE, str(model_dir), str(tmp_path)],
         cwd=Path(__file__).parent.parent,
@@ -353,6 +355,8 @@ def test_serve_says_where_it_listens_and_ends_well(tmp_path: Path, model_dir: Pa
         pytest.fail(log)
     assert "tiny (" in line
     assert "toys" in line
+    assert "dropped" not in line
+    assert not (tmp_path / ".dropped-0").exists()
     process.send_signal(signal.SIGTERM)
     rest = process.communicate(timeout=20)[1]
     assert process.returncode == 0, rest
