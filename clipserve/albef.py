@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from clipserve.bert import Layer, Layers, TextEncoder, TokenHead, initialise, visible
-from clipserve.errors import ConfigError
-from clipserve.towers import build_image_tower
+from clipserve.errors import ConfigError, first_line
+from clipserve.towers import BUILDING_ERRORS, build_image_tower
 
 T = TypeVar("T")
 
@@ -311,8 +311,9 @@ def _timm_tower(config: TimmConfig, embed_dim: int) -> TimmTower:
         raise ConfigError(f"timm has no model {name!r}{hint}")
     try:
         trunk = timm.create_model(name, num_classes=0, global_pool="token", **config.options)
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        raise ConfigError(f"timm cannot build {name!r} as vision_cfg says: {error}") from error
+    except BUILDING_ERRORS as error:
+        what = first_line(error)
+        raise ConfigError(f"timm cannot build {name!r} as vision_cfg says: {what}") from error
     if not isinstance(trunk, VisionTransformer) or trunk.num_prefix_tokens != 1:
         raise ConfigError(f"{name!r} is no ViT with one class token, which ALBEF needs")
     return TimmTower(trunk, embed_dim)

@@ -128,8 +128,9 @@ class Attention(nn.Module):
         Without a mask, source may have fewer rows: of G rows each is what B / G successive rows of
         x look at, and its keys and values are computed once for them all.
         """
-        same = len(x) == len(source)
-        rows = x if same else x.reshape(len(source), -1, x.shape[-1])  # (G, B / G * T, D)
+        groups = source.shape[0]  # `len` would make a batch that is traced a constant
+        same = x.shape[0] == groups
+        rows = x if same else x.reshape(groups, -1, x.shape[-1])  # (G, B / G * T, D)
         query, key, value = (
             part.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B or G, H, tokens, D / H)
             for part in (self.query(rows), self.key(source), self.value(source))

@@ -182,6 +182,12 @@ def is_model_directory(path: str | Path) -> bool:
     return (Path(path) / MANIFEST).is_file()
 
 
+def point_into_run(directory: Path) -> str:
+    """What is added to a refusal of the directory of a training run, which holds models."""
+    latest = directory / "latest"
+    return f"; it is a training run: name its model {latest}" if is_model_directory(latest) else ""
+
+
 def read_description(directory: Path) -> dict[str, Any]:
     """clipserve.json, checked against itself; reads no other file."""
     file = directory / MANIFEST
@@ -190,7 +196,7 @@ def read_description(directory: Path) -> dict[str, Any]:
         description = json.loads(text)
     except FileNotFoundError:
         raise CheckpointError(
-            f"{directory} is not a model directory: it has no {MANIFEST}"
+            f"{directory} is not a model directory: it has no {MANIFEST}{point_into_run(directory)}"
         ) from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} is damaged or unreadable: {error}") from None

@@ -186,7 +186,7 @@ class TrainConfig(Section):
 class Config(Section):
     """A whole training run."""
 
-    out: str
+    out: Annotated[str, Field(min_length=1)]
     """run directory: checkpoints, metrics.jsonl, the resolved config.toml"""
     model: ModelConfig
     data: DataConfig
@@ -194,6 +194,14 @@ class Config(Section):
     optim: OptimConfig = OptimConfig()
     lora: LoraConfig | None = None
     train: TrainConfig
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_what_is_missing(cls, given: Any) -> Any:
+        """Settings, and not the tables that they stand in."""
+        if not isinstance(given, dict):
+            return given
+        return {"model": {}, "data": {}, "train": {}, **given}
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -203,11 +211,7 @@ class Config(Section):
             raise ValueError(
                 'positives with "label" need data.label_field, the JSON field with the label'
             )
-        if self.train.early_stop and not (self.data.val or self.data.val_fraction):
-            raise ValueError(
-                "train.early_stop has nothing to watch without validation; set data.val or"
-                " data.val_fraction"
-            )
+        self._check_validation()
         if self.model.pretrained and (self.model.pretrained_image or self.model.pretrained_text):
             raise ValueError(
                 "model.pretrained brings all weights; leave out pretrained_image and"
@@ -225,6 +229,20 @@ class Config(Section):
                 f" {', '.join(preset_names())}"
             )
         return self
+
+    def _check_validation(self) -> None:
+        if self.data.val or self.data.val_fraction:
+            return
+        usual = TrainConfig.model_fields["best_metric"].default
+        for setting, is_set in (
+            ("early_stop", self.train.early_stop is not None),
+            ("best_metric", self.train.best_metric != usual),
+        ):
+            if is_set:
+                raise ValueError(
+                    f"train.{setting} has nothing to watch without validation; set data.val or"
+                    " data.val_fraction"
+                )
 
 
 def load_config(path: Path | None = None, overrides: list[str] | None = None) -> Config:

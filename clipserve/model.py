@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from clipserve.images import DEFAULT_LIMITS, ImageLimits, ImageSource, ImageTransform
 from clipserve.text import Tokenizer
 from clipserve.towers import architecture_config, build_network
+from clipserve.trial import try_out
 
 if TYPE_CHECKING:
     from clipserve.prompts import ClassHead
@@ -236,6 +237,7 @@ def create(architecture: str | dict[str, Any], transform: ImageTransform | None 
     """A model with fresh weights (draws from torch's global generator; seed it first).
 
     `architecture`: an open_clip name, an open_clip `model_cfg` table, or one of `clipserve.albef`.
+    Raises ConfigError unless a picture and a text of its sizes go through it.
     """
     table = architecture_config(architecture) if isinstance(architecture, str) else architecture
     network = build_network(table)
@@ -243,7 +245,10 @@ def create(architecture: str | dict[str, Any], transform: ImageTransform | None 
     name = architecture if isinstance(architecture, str) else "custom"
     # where the vocabulary came from is nothing that a saved model, which holds it, depends on
     text = {key: value for key, value in table["text_cfg"].items() if key != "tokenizer_path"}
-    return assemble(network, table | {"text_cfg": text}, transform, tokenizer, ModelInfo(name))
+    table = table | {"text_cfg": text}
+    model = assemble(network, table, transform, tokenizer, ModelInfo(name))
+    try_out(model)
+    return model
 
 
 def assemble(

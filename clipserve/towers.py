@@ -21,8 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clipserve.errors import ConfigError
+from clipserve.errors import ConfigError, first_line
 
+BUILDING_ERRORS = (TypeError, ValueError, AssertionError, RuntimeError, ArithmeticError)
+"""what other packages raise at sizes that do not fit each other"""
 _PLACEHOLDERS = ("torchvision", "torchvision.ops", "torchvision.ops.misc", "timm", "transformers")
 
 
@@ -52,6 +54,7 @@ def build_network(architecture: dict[str, Any]) -> nn.Module:
     text, vision = config.get("text_cfg"), config.get("vision_cfg")
     if not isinstance(text, dict) or not isinstance(vision, dict) or "embed_dim" not in config:
         raise ConfigError("model.architecture must hold embed_dim, vision_cfg and text_cfg")
+    _check_patch_dropout(vision)
     if "fusion_cfg" in config:
         from clipserve.albef import build as build_albef
 
@@ -67,9 +70,9 @@ def build_network(architecture: dict[str, Any]) -> nn.Module:
         else:
             model = _open_clip_model_module(plain=is_plain(architecture))
             network = (model.CustomTextCLIP if custom else model.CLIP)(**config)
-    except (TypeError, ValueError, AssertionError, RuntimeError, OSError) as error:
-        first = str(error).strip().partition("\n")[0]
-        raise ConfigError(f"open_clip cannot build model.architecture: {first}") from error
+    except (*BUILDING_ERRORS, OSError) as error:
+        what = first_line(error)
+        raise ConfigError(f"open_clip cannot build model.architecture: {what}") from error
     assert isinstance(network, nn.Module)
     _replace_patch_dropout(network.visual)
     return network
@@ -80,8 +83,8 @@ def build_image_tower(embed_dim: int, vision: dict[str, Any], quick_gelu: bool) 
     model = _open_clip_model_module(plain=is_plain({"vision_cfg": vision, "text_cfg": {}}))
     try:
         tower = model._build_vision_tower(embed_dim, vision, quick_gelu)
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        raise ConfigError(f"open_clip cannot build vision_cfg: {error}") from error
+    except BUILDING_ERRORS as error:
+        raise ConfigError(f"open_clip cannot build vision_cfg: {first_line(error)}") from error
     assert isinstance(tower, nn.Module)
     _replace_patch_dropout(tower)
     return tower
@@ -149,6 +152,15 @@ def tokenizer_module() -> Any:
 def zero_shot_module() -> Any:
     """`open_clip.zero_shot_metadata`, without the rest of open_clip."""
     return _import_alone("open_clip.zero_shot_metadata")
+
+
+def _check_patch_dropout(vision: dict[str, Any]) -> None:
+    rate = vision.get("patch_dropout") or 0
+    if not isinstance(rate, int | float) or not 0 <= rate < 1:
+        raise ConfigError(
+            f"vision_cfg.patch_dropout = {rate!r} is no part of the patches to leave out; it must"
+            " be 0 or more, and less than 1"
+        )
 
 
 def _build_coca(config: dict[str, Any]) -> nn.Module:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from clipserve import checkpoint
 from clipserve.albef import Albef
-from clipserve.errors import CheckpointError
+from clipserve.errors import CheckpointError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -213,8 +213,8 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
                 " than tensors, which are not loaded, since that can execute code"
             ) from None
         except _READING_ERRORS as error:
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise CheckpointError(f"{file} cannot be read as a file of weights: {first}") from None
+            what = first_line(error)
+            raise CheckpointError(f"{file} cannot be read as a file of weights: {what}") from None
         for key in ("model", "state_dict"):
             if isinstance(content, dict) and isinstance(content.get(key), dict):
                 content = content[key]

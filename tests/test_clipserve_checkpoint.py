@@ -107,6 +107,13 @@ def test_a_directory_that_is_none_is_named(tmp_path: Path) -> None:
         clipserve.load(tmp_path / "nowhere")
 
 
+def test_of_a_runs_directory_the_model_within_is_named(model_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "latest").symlink_to(model_dir)
+    with pytest.raises(CheckpointError, match="it is a training run: name its model .*run/latest$"):
+        clipserve.load(tmp_path / "run")
+
+
 def test_the_fingerprint_names_the_function_not_the_run(tiny_model: Model, tmp_path: Path) -> None:
     first = checkpoint.save(tiny_model, tmp_path / "a", name="a", training={"loss": 1.0})
     same = checkpoint.save(tiny_model, tmp_path / "b", name="b", training={"loss": 2.0})

@@ -72,6 +72,9 @@ def test_an_architecture_by_name_takes_no_preset() -> None:
         ("optim.lr=inf", ["optim.lr"]),
         ("optim.betas=[2, 2]", ["betas"]),
         ("model.architecture=5", ["architecture"]),
+        ("out=", ["out = ''", "at least 1 character"]),
+        ("train.best_metric=val/mean_r10", ["train.best_metric", "nothing to watch", "data.val"]),
+        ("train.early_stop={patience=2}", ["train.early_stop", "nothing to watch", "data.val"]),
     ],
 )
 def test_a_wrong_setting_is_one_line_that_names_it(override: str, words: list[str]) -> None:
@@ -89,7 +92,15 @@ def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "bad.toml").write_text("out = [")
     with pytest.raises(ConfigError, match=r"bad\.toml cannot be read"):
         load_config(tmp_path / "bad.toml")
-    with pytest.raises(ConfigError, match=r"data.*required"):
+
+
+def test_of_a_missing_table_the_settings_are_named() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config()
+    assert str(caught.value) == (
+        "out is required; data.train is required; give exactly one of train.epochs and train.steps"
+    )
+    with pytest.raises(ConfigError, match=r"^data\.train is required$"):
         load_config(None, ["out=x", "train.epochs=1"])
 
 

@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from albefs import tiny_albef
+from cocas import coca_architecture
 from conftest import encode, make_picture
 from PIL import Image
 from transplants import (
@@ -18,7 +20,7 @@ from transplants import (
 )
 
 from clipserve import checkpoint
-from clipserve.convert import export_checkpoint, export_model, import_model
+from clipserve.convert import export_checkpoint, export_model, import_model, onnx_writing
 from clipserve.convert.writing import Form
 from clipserve.errors import CheckpointError, ConfigError
 from clipserve.model import Model, create
@@ -170,6 +172,49 @@ def test_an_onnx_directory_says_how_its_inputs_are_made(
     assert cosines(model.embed_texts(TEXTS), texts).min() >= 0.99999
 
 
+def coca() -> Model:
+    torch.manual_seed(0)
+    return shaken(create(coca_architecture()))
+
+
+def two_way_clip() -> Model:
+    """Which sees what a text is padded with."""
+    return clip(no_causal_mask=True, pool_type="last")
+
+
+@pytest.mark.parametrize("kind", ["albef", "siglip", "coca", "two-way clip"])
+def test_towers_of_all_kinds_go_to_onnx(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    register_siglip_towers(monkeypatch)
+    models = {
+        "albef": lambda: shaken(tiny_albef(tmp_path / "words")),
+        "siglip": lambda: tiny_siglip(write_words(tmp_path / "words")),
+        "coca": coca,
+        "two-way clip": two_way_clip,
+    }
+    model = models[kind]()
+    proof, _ = export_model(saved(model, tmp_path / "model"), tmp_path / "out", "onnx")
+    assert min(proof) >= 0.99999
+    for count in (1, 3):  # ids as our own tokenizer pads them
+        ids = model.tokenizer(TEXTS[:count]).ids.numpy()
+        texts = session(tmp_path / "out" / "text.onnx").run(None, {"ids": ids})[0]
+        assert cosines(model.embed_texts(TEXTS[:count]), texts).min() >= 0.99999
+
+
+def test_what_onnxruntime_refuses_is_told_in_one_line(
+    onnx: tuple[Model, Path, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, out, _ = onnx
+    longer = model.tokenizer(TEXTS).ids.numpy().repeat(2, axis=1)
+    monkeypatch.setattr(onnx_writing, "_written_tokenizer", lambda *_: lambda texts: longer)
+    with pytest.raises(CheckpointError, match="cannot be run by onnxruntime") as caught:
+        onnx_writing._prove(model, out)
+    assert len(str(caught.value).splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("section", "change", "named"),
     [
@@ -197,8 +242,6 @@ def test_what_transformers_cannot_be_told_is_named(
 
 @pytest.mark.parametrize("form", ["open_clip", "transformers"])
 def test_an_albef_has_no_counterpart(form: Form, tmp_path: Path) -> None:
-    from albefs import tiny_albef
-
     folder = saved(tiny_albef(tmp_path / "words"), tmp_path / "model")
     with pytest.raises(ConfigError, match="fusion_cfg"):
         export_model(folder, tmp_path / "out", form)

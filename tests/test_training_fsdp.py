@@ -21,7 +21,7 @@ import clipserve
 from clipserve import checkpoint
 from clipserve.config import load_config
 from clipserve.errors import ConfigError
-from training import fsdp
+from training import fsdp, state_files
 from training.data import open_data
 from training.distributed import ALONE
 from training.recipe import prepare
@@ -90,14 +90,20 @@ def begun(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def check_same(out: Path, other: Path) -> None:
-    """Losses of all steps, and the averaged weights, which follow the trained ones."""
+    """Losses of all steps, the averaged weights, and those that are trained."""
     found, expected = losses(out), losses(other)
     assert sorted(found) == sorted(expected) == list(range(1, STEPS + 1))
     assert all(found[step] == pytest.approx(expected[step], rel=1e-4) for step in found)
-    own, others = weights(out / "latest"), weights(other / "latest")
-    assert own.keys() == others.keys()
-    for name in own:
-        assert (own[name] - others[name]).abs().max() <= 1e-5, name
+    for kind in (weights, trained):
+        own, others = kind(out / "latest"), kind(other / "latest")
+        assert own.keys() == others.keys()
+        for name in own:
+            assert (own[name] - others[name]).abs().max() <= 1e-5, (kind, name)
+
+
+def trained(checkpoint: Path) -> dict[str, Tensor]:
+    """The weights that the average follows, from whoever's parts they were written as."""
+    return state_files.read(checkpoint / "state", "network", lambda name: None)
 
 
 @pytest.mark.parametrize("sharding", ["none", "fsdp"])

@@ -20,7 +20,7 @@ from clipserve.config import Config, TrainConfig, load_config
 from clipserve.errors import TrainingError
 from clipserve.transforms import ImageTransform
 from training import guard, loop, terms
-from training.guard import SkippedStep, check_step, keeping_statistics
+from training.guard import SkippedStep, check_step, find_end, keeping_statistics
 from training.loop import train
 from training.shards import PackOptions, pack
 from training.state import Counters
@@ -239,6 +239,13 @@ def test_a_validation_that_a_skipped_step_put_off_outlives_a_stop(
     train(settings, resume=str(stopped.aside))
     lines = read(out, "metrics.jsonl")
     assert [line["step"] for line in lines if "val/mean_r1" in line] == [6, 7]
+
+
+@pytest.mark.parametrize("is_spike", [True, False])
+def test_a_run_that_ends_at_a_spike_is_told_of_the_setting(is_spike: bool, tmp_path: Path) -> None:
+    counters = Counters(step=9, skipped=2, skipped_at=[8, 9])
+    end = find_end(counters, 1, SkippedStep("the loss is 9", {}, is_spike), False, tmp_path)
+    assert ("raise train.spike, or set it to 0" in str(end)) == is_spike
 
 
 def logged_losses(out: Path) -> dict[int, float]:

@@ -22,7 +22,7 @@ from clipserve.errors import (
 )
 from clipserve.shards import ShardSet, write_manifest
 from clipserve.shards.scan import scan
-from training import loop
+from training import loop, saver
 from training.distributed import World
 from training.evaluate.retrieval import evaluate_retrieval
 from training.loop import TrainResult, train
@@ -217,6 +217,8 @@ def test_training_continues_from_pretrained_weights(
     run(config(data, tmp_path / "second", "train.steps=1", "optim.lr=1e-30", pretrained))
     for name, value in weights(tmp_path / "second" / "latest").items():
         assert torch.allclose(value, start[name], atol=1e-6)
+    with pytest.raises(ConfigError, match=r"it is a training run: name .*first/latest"):
+        run(config(data, tmp_path / "other", f"model.pretrained={tmp_path / 'first'}"))
     with pytest.raises(ConfigError, match=r"nowhere.*not a clipserve model directory"):
         run(config(data, tmp_path / "third", "model.pretrained=nowhere"))
     other = (pretrained, "model.architecture.embed_dim=32")
@@ -290,6 +292,26 @@ def test_a_failed_validation_leaves_a_checkpoint_and_is_made_up_for(
     run(config(data, tmp_path / "whole"))
     assert validations(out) == validations(tmp_path / "whole")
     assert (out / "best").resolve().name == (tmp_path / "whole" / "best").resolve().name
+
+
+@pytest.mark.parametrize("is_full", [False, True])
+def test_a_gpu_without_room_for_validation_loses_no_epoch(
+    is_full: bool, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **named: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+
+    out = tmp_path / "run"
+    monkeypatch.setattr(saver, "evaluate_retrieval", fail)
+    if is_full:
+        monkeypatch.setattr(State, "save", fail)
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        run(config(data, out))
+    if is_full:
+        (note,) = caught.value.__notes__
+        assert note == "and no checkpoint could be written: CUDA out of memory."
+    else:
+        assert (out / "latest").resolve().name == "step-000000003"
 
 
 def validations(out: Path) -> dict[int, float]:

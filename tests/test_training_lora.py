@@ -240,6 +240,16 @@ def test_adapters_that_mean_nothing_are_refused(
     assert "\n" not in str(caught.value)
 
 
+def test_default_targets_that_a_tower_lacks_are_not_blamed_on_a_pattern() -> None:
+    weights = find_weights(build_network(architecture_config("RN50")))
+    with pytest.raises(
+        ConfigError, match=r"^lora: the image tower .* name others as lora\.targets"
+    ):
+        choose(weights, SETTINGS)
+    targets, _ = choose(weights, LoraConfig(rank=2, targets=("text.*",)))
+    assert {weight.part for weight in targets} == {"text"}
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

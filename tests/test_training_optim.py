@@ -328,10 +328,8 @@ def test_a_frozen_logit_scale_is_not_even_clamped(tiny_model: Model) -> None:
 
 
 def timm_architecture(name: str) -> dict[str, Any]:
-    vision = {"timm_model_name": name, "timm_pool": "", "timm_proj": "linear", "image_size": 32}
-    if name.startswith("resnet"):
-        vision["timm_pool"] = "avg"
-    return tiny_architecture() | {"vision_cfg": vision}
+    vision = {"timm_model_name": name, "timm_pool": "avg", "timm_proj": "linear"}
+    return tiny_architecture() | {"vision_cfg": vision | {"image_size": 224}}
 
 
 def build(model: Model, **given: Any) -> torch.optim.Optimizer:

@@ -11,7 +11,7 @@ from rich.console import Console
 from test_training_loop import SMALL
 
 from clipserve.config import load_config
-from clipserve.errors import CheckpointError
+from clipserve.errors import CheckpointError, ConfigError
 from clipserve.files import link_atomic
 from training.distributed import World
 from training.loop import train
@@ -40,6 +40,19 @@ def begun(given: list[str], tmp_path: Path) -> Path:
     run(given, tmp_path / "run", "train.steps=6")
     link_atomic(tmp_path / "run" / "best", "checkpoints/step-000000006")
     return tmp_path / "run"
+
+
+def test_what_is_no_place_for_a_run_is_refused_and_left_alone(
+    given: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    for out, words in (("file", "file is no folder"), ("val", "val holds shards; name a folder")):
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(ConfigError, match=words):
+            run(given, tmp_path / out, "train.steps=1")
+        assert sorted(tmp_path.rglob("*")) == before
+    with pytest.raises(ConfigError, match=r"/dev/null is no folder"):
+        run(given, Path("/dev/null"), "train.steps=1")
 
 
 def best(out: Path) -> tuple[str, float | None]:

@@ -101,10 +101,11 @@ def find_end(
         what, limit = f"the last {_in_a_row(counters)} steps of the run were skipped", ""
     else:
         return None
+    usual = "; if such losses are usual, raise train.spike, or set it to 0" * fault.is_spike
     return TooManySkippedSteps(
         f"{what}{limit}; at step {counters.step} {fault}. If training diverged, lower optim.lr or"
         f" set optim.grad_clip, and go on from an earlier checkpoint in {run} with --resume DIR, or"
-        " start anew; if samples are broken, skipped_samples.jsonl names them"
+        f" start anew; if samples are broken, skipped_samples.jsonl names them{usual}"
     )
 
 

@@ -69,6 +69,7 @@ def train(config: Config, resume: str = "auto", console: Console | None = None) 
     """
     check_packages(config.train.report_to)
     directory = RunDirectory(Path(config.out), config.train.keep_checkpoints)
+    directory.check()
     with connect() as world, contextlib.ExitStack() as stack:
         with world.main_first():
             data = open_data(config, directory, world.is_main)

@@ -149,6 +149,7 @@ def choose(
     own = {id(parameter) for parameter in fresh}
     whole |= {weight.name for weight in weights if id(weight.parameter) in own}
     matrices = [weight for weight in weights if weight.is_hidden_matrix]
+    _check_defaults(matrices, settings)
     targets = [
         weight
         for weight in match(matrices, settings.targets, "lora.targets")
@@ -162,6 +163,19 @@ def choose(
     trained = {weight.name for weight in targets} | (whole - held)
     still = [weight for weight in weights if weight.name not in trained]
     return targets, still
+
+
+def _check_defaults(matrices: Sequence[Weight], settings: LoraConfig) -> None:
+    """ConfigError, not of a pattern that nobody wrote, where a tower has other layers."""
+    if settings.targets != LoraConfig().targets:
+        return
+    for tower in ("image", "text"):
+        if not any(weight.part == tower for weight in matrices):
+            raise ConfigError(
+                f"lora: the {tower} tower of this architecture has no layers of matrices, which the"
+                f" default lora.targets = {list(settings.targets)} means; name others as"
+                " lora.targets"
+            )
 
 
 def _add_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 from clipserve import checkpoint
 from clipserve.errors import CheckpointError, ConfigError
 from clipserve.files import link_atomic, new_directory
+from clipserve.shards import is_shard_source
 from training.distributed import ALONE, World
 from training.runs import LOCK
 from training.state import State
@@ -36,6 +37,17 @@ class RunDirectory:
         """The link to the best model, or to the latest if none was scored."""
         best = self.path / "best"
         return best if best.exists() else self.path / "latest"
+
+    def check(self) -> None:
+        """ConfigError for a path that is no place for a run."""
+        if not self.path.exists():
+            return
+        if not self.path.is_dir():
+            raise ConfigError(f"out = {self.path} is no folder; name one, that may be new")
+        if is_shard_source(self.path) and not (self.path / "checkpoints").exists():
+            raise ConfigError(
+                f"out = {self.path} holds shards; name a folder of its own for the run"
+            )
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from clipserve.embed import prepare as prepare_for_inference
-from clipserve.errors import CheckpointError, ClipserveError, TrainingError
+from clipserve.errors import first_line
 from clipserve.model import Model
 from training.distributed import ALONE
 from training.evaluate.retrieval import evaluate_retrieval
@@ -69,8 +69,8 @@ class Saver:
         latest = self._directory.path / "latest"
         try:
             self.save()
-        except (CheckpointError, TrainingError) as error:
-            failure.add_note(f"and no checkpoint could be written: {error}")
+        except Exception as error:  # a GPU may be too full for this too
+            failure.add_note(f"and no checkpoint could be written: {first_line(error)}")
             if latest.exists():
                 failure.add_note(f"the last one is {latest.resolve()}")
         if self.aside is not None:
@@ -85,7 +85,7 @@ class Saver:
         if run.val is not None:
             try:
                 self.metrics = _evaluate(run)
-            except (ClipserveError, OSError) as error:
+            except Exception as error:  # a GPU without room for it, say
                 if not run.state.is_split:  # else all ranks would have to save, and one has failed
                     self.save_despite(error)
                 raise

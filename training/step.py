@@ -3,11 +3,13 @@
 import torch
 from torch import Tensor
 
+from clipserve.errors import ConfigError
 from training.forward import look
 from training.fsdp import clip_gradients, gradient_norm
 from training.guard import check_step
 from training.momentum import alpha_ramp, ramped
 from training.optim import clamp_logit_scale
+from training.parts import find_weights
 from training.precision import LossScale, attention_kernel, computing
 from training.recipe import Run
 from training.streaming import Batch
@@ -19,7 +21,7 @@ def train_step(run: Run, batch: Batch, counts: list[int]) -> dict[str, Tensor]:
 
     Nothing that a checkpoint holds is changed before the ranks have told each other everything: a
     rank that dies leaves the others at the end of the step before. Raises SkippedStep, on all ranks
-    alike, for a step that must not be taken.
+    alike, for a step that must not be taken, and ConfigError if there is nothing that could learn.
     """
     networks, state, world = run.networks, run.state, run.world
     per_epoch = run.stream.order.batches_per_epoch
@@ -47,9 +49,11 @@ def train_step(run: Run, batch: Batch, counts: list[int]) -> dict[str, Tensor]:
     # ---- backward
     scale = LossScale(state.counters, run.precision.scales_loss)
     state.optimizer.zero_grad(set_to_none=True)
-    with attention_kernel(run.precision, run.device):
-        (scale.factor * total).backward()  # type: ignore[no-untyped-call]
+    if total.requires_grad:
+        with attention_kernel(run.precision, run.device):
+            (scale.factor * total).backward()  # type: ignore[no-untyped-call]
     world.sum_gradients(run.parameters)
+    _check_reached(run)
     world.same_statistics(state.model.network)
     scale.undo(run.parameters)
     numbers = {"loss": total, **shares, **step.reports}
@@ -75,3 +79,19 @@ def train_step(run: Run, batch: Batch, counts: list[int]) -> dict[str, Tensor]:
     if networks.queue is not None and step.momentum is not None:
         networks.queue.push(step.momentum.image, step.momentum.text, step.groups)
     return {**losses, "grad_norm": norm}
+
+
+def _check_reached(run: Run) -> None:
+    """ConfigError unless something that is trained has a gradient; all ranks see the same."""
+    if any(parameter.grad is not None for parameter in run.parameters):
+        return
+    weights = find_weights(run.state.model.network, run.networks.heads)
+    trained = [weight for weight in weights if weight.parameter.requires_grad]
+    parts = dict.fromkeys(f"{w.part}.*" if "." in w.name else w.name for w in trained)
+    names = ", ".join(objective.name for objective in run.config.objectives)
+    until = f" in the first {run.frozen.until} steps" if run.frozen.until else ""
+    setting = "optim.freeze" if run.config.lora is None else "lora.targets"
+    raise ConfigError(
+        f"nothing would learn{until}: of what is trained, {', '.join(parts)}, the objectives"
+        f" ({names}) use nothing; add an objective that does, or train other weights with {setting}"
+    )

@@ -5,12 +5,14 @@
     onnx.json        the image transform, the context length T, logit scale and bias, the opset
     tokenizer/       for transformers' AutoTokenizer, or the tokenizers package
 
-B is any number, T always the context length. Fusion layers and decoders stay behind.
+B is any number, T always the context length; ids of CLIP's tokenizer may be padded by 0, as ours
+does, or by the end token, as transformers does. Fusion layers and decoders stay behind.
 """
 
+import contextlib
 import importlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from torch import Tensor, nn
 from clipserve.convert.proof import Proof, prove
 from clipserve.convert.tokenizers_writing import write_tokenizer
 from clipserve.decoding import open_decoded
-from clipserve.errors import ConfigError
+from clipserve.errors import CheckpointError, ConfigError, first_line
 from clipserve.model import Model
 
 OPSET = 18
@@ -69,9 +71,28 @@ class _TextTower(nn.Module):
     def __init__(self, model: Model) -> None:
         super().__init__()
         self.model = model
+        self.end_id = _end_that_fills(model)
 
     def forward(self, ids: Tensor) -> Tensor:
+        if self.end_id is not None:
+            ids = _padded_as_ours(ids, self.end_id)
         return self.model.encode_text(ids)
+
+
+def _end_that_fills(model: Model) -> int | None:
+    """CLIP's end token, with which the written tokenizer pads, where the model sees padding.
+
+    That tokenizer cannot pad with 0: a text's "!" would then be taken for padding.
+    """
+    text = model.architecture["text_cfg"]
+    is_clips = not text.get("hf_tokenizer_name") and text.get("tokenizer") != "wordpiece"
+    return model.tokenizer.special_ids[-1] if is_clips and not model.can_cut_text else None
+
+
+def _padded_as_ours(ids: Tensor, end_id: int) -> Tensor:
+    """(B, T) with 0 in place of all but the first of the end tokens that a row ends with."""
+    others = (ids != end_id).long().flip(1).cumsum(1).flip(1)  # from each place on
+    return torch.cat([ids[:, :1], ids[:, 1:] * (others[:, :-1] > 0)], dim=1)
 
 
 def _export(tower: nn.Module, example: Tensor, name: str, file: Path) -> None:
@@ -89,6 +110,19 @@ def _export(tower: nn.Module, example: Tensor, name: str, file: Path) -> None:
     program.save(str(file))
 
 
+@contextlib.contextmanager
+def _telling_runtime_errors() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if not type(error).__module__.startswith("onnxruntime"):  # its errors have no other family
+            raise
+        raise CheckpointError(
+            f"what was written cannot be run by onnxruntime, and is removed: {first_line(error)}"
+        ) from error
+
+
+@_telling_runtime_errors()
 def _prove(model: Model, folder: Path) -> Proof:
     image, text = (_session(folder / name) for name in ("image.onnx", "text.onnx"))
 

@@ -179,7 +179,7 @@ def _find(source: Path, architecture: str | None, words: Path | None) -> Found:
     raise ConfigError(
         f"{str(source)!r} is not a clipserve model directory, nor one of open_clip's or"
         f" transformers': it has none of {checkpoint.MANIFEST}, {checkpoint.OPEN_CLIP_CONFIG} and"
-        " config.json"
+        f" config.json{checkpoint.point_into_run(source)}"
     )
 
 
