@@ -204,6 +204,19 @@ def test_towers_of_all_kinds_go_to_onnx(
         assert cosines(model.embed_texts(TEXTS[:count]), texts).min() >= 0.99999
 
 
+def test_what_torch_cannot_export_is_told_in_one_line(
+    tiny_model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxruntime")
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise torch.onnx.OnnxExporterError("no such operator\nand more")
+
+    monkeypatch.setattr("torch.onnx.export", fail)
+    with pytest.raises(CheckpointError, match=r"makes no ONNX of this pixels: no such operator$"):
+        onnx_writing.write_onnx(tiny_model, tmp_path)
+
+
 def test_what_onnxruntime_refuses_is_told_in_one_line(
     onnx: tuple[Model, Path, list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -96,16 +96,19 @@ def _padded_as_ours(ids: Tensor, end_id: int) -> Tensor:
 
 
 def _export(tower: nn.Module, example: Tensor, name: str, file: Path) -> None:
-    program = torch.onnx.export(
-        tower.eval(),
-        (example,),
-        dynamo=True,
-        opset_version=OPSET,
-        input_names=[name],
-        output_names=["embeddings"],
-        dynamic_shapes={name: {0: torch.export.Dim("batch")}},
-        verbose=False,
-    )
+    try:
+        program = torch.onnx.export(
+            tower.eval(),
+            (example,),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=[name],
+            output_names=["embeddings"],
+            dynamic_shapes={name: {0: torch.export.Dim("batch")}},
+            verbose=False,
+        )
+    except torch.onnx.OnnxExporterError as error:
+        raise CheckpointError(f"torch makes no ONNX of this {name}: {first_line(error)}") from error
     assert program is not None
     program.save(str(file))
 
