@@ -63,10 +63,14 @@ def decode(
     return Decoded(picture, picture.size)
 
 
-def decoding_bytes(header: Image.Image) -> int:
+def decoding_bytes(header: Image.Image, transform: ImageTransform) -> int:
     """Memory that `decode` takes beside the data, at the most: as seen with pictures of 62 million
     pixels that were progressive, CMYK, 16-bit, transparent, turned."""
-    return (17 if header.format == "WEBP" else 13) * header.width * header.height
+    pixels = header.width * header.height
+    if header.format not in ("JPEG", "MPO") or header.mode not in ("RGB", "L"):
+        return (17 if header.format == "WEBP" else 13) * pixels
+    coefficients = 6 * pixels if "progression" in header.info else 0
+    return coefficients + (5 if transform.reduction(header.size) > 1 else 11) * pixels
 
 
 def plain_orientation(header: Image.Image) -> int:

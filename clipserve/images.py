@@ -6,6 +6,7 @@ is decoded. What a network is fed comes from decoding.py, faster.
 
 import errno
 import io
+import re
 import stat
 import struct
 import zlib
@@ -76,6 +77,9 @@ _MAX_SCANS = 100
 _SCANS_OF_LARGEST = 24
 """a decoder goes over the whole JPEG for each scan, which may have a few bytes; usual are 10, 18 of
 CMYK"""
+_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
+"""of what has a length, and of the end; within a scan only such a marker ends it"""
+_SCAN, _END = b"\xff\xda", b"\xff\xd9"
 _ROWS_AT_ONCE = 256
 
 
@@ -226,13 +230,26 @@ def _scale_to_8_bits(picture: Image.Image) -> Image.Image:
 
 
 def _check_scans(data: bytes, size: tuple[int, int], limits: ImageLimits) -> None:
-    scans = data.count(b"\xff\xda")  # within a scan 0 follows each 255
     allowed = min(_MAX_SCANS, _SCANS_OF_LARGEST * limits.max_pixels // (size[0] * size[1]))
+    if data.count(_SCAN) <= allowed:  # anywhere, so there are no more
+        return
+    scans = _count_scans(data)
     if scans > allowed:
         raise ImageError(
             f"JPEG of {size[0]}x{size[1]} pixels in {scans} scans; at most {allowed} are allowed"
             " at this size"
         )
+
+
+def _count_scans(data: bytes) -> int:
+    """Of the first picture of a file, as a decoder walks it: other files, films for one, may lie
+    within its segments or behind its end."""
+    scans, place = 0, 2
+    while (found := _MARKER.search(data, place)) is not None and found[0] != _END:
+        scans += found[0] == _SCAN
+        length = int.from_bytes(data[found.end() : found.end() + 2], "big")
+        place = found.end() + max(2, length)
+    return scans
 
 
 def _check_size(size: tuple[int, int], limits: ImageLimits) -> None:

@@ -35,7 +35,7 @@ def try_out(model: "Model") -> None:
     try:
         with torch.no_grad(), _evaluating(model.network):
             found = model(torch.zeros(1, 3, height, width), ids)
-    except (*BUILDING_ERRORS, IndexError) as error:
+    except (*BUILDING_ERRORS, LookupError, AttributeError) as error:
         raise ConfigError(
             f"model.architecture cannot embed a picture of {width}x{height} and a text of"
             f" {model.context_length} tokens: {first_line(error)}"

@@ -169,7 +169,7 @@ class Searcher:
         metadata empty and reads nothing from disk for a hit in the index; the ids are in memory
         from the first such search on. exact: every vector is compared, whatever index there is.
         admit: is told how many bytes the captions, sources and metadata of the hits have, before
-        they are read; what it raises ends the search.
+        they are read; what it raises ends the search. Less than 0 is of hits that are gone.
         """
         wanted = _Wanted(
             k,
@@ -314,9 +314,17 @@ class Searcher:
         self, view: View, filter: Filter | None, queries: np.ndarray, wanted: _Wanted
     ) -> list[list[Hit]]:
         answers = []
-        for start in range(0, len(queries), _QUERIES_AT_A_TIME):
-            some = queries[start : start + _QUERIES_AT_A_TIME]
-            answers += self._hits(view, self._rank(view, filter, some, wanted), wanted)
+        admitted: list[int] = []
+        try:
+            for start in range(0, len(queries), _QUERIES_AT_A_TIME):
+                some = queries[start : start + _QUERIES_AT_A_TIME]
+                answers += self._hits(
+                    view, self._rank(view, filter, some, wanted), wanted, admitted
+                )
+        except _GoneError:
+            if wanted.admit is not None:
+                wanted.admit(-sum(admitted))
+            raise
         return answers
 
     def _rank(
@@ -343,14 +351,19 @@ class Searcher:
         return [(rowids[first:end], scores[first:end]) for rowids, scores in rows]
 
     def _hits(
-        self, view: View, ranked: list[tuple[np.ndarray, np.ndarray]], wanted: _Wanted
+        self,
+        view: View,
+        ranked: list[tuple[np.ndarray, np.ndarray]],
+        wanted: _Wanted,
+        admitted: list[int],
     ) -> list[list[Hit]]:
         """Of all answers together, which is one look into the database."""
         rowids = np.concatenate([rowids for rowids, _ in ranked])
         scores = np.concatenate([scores for _, scores in ranked]).tolist()
         if wanted.with_items:
             if wanted.admit is not None:
-                wanted.admit(self._size_of(rowids))
+                admitted.append(self._size_of(rowids))
+                wanted.admit(admitted[-1])
             hits = list(map(_to_hit, self._items_of(rowids), scores))
         else:
             ids = view.ids_of(rowids, self.collection)

@@ -184,7 +184,7 @@ def _find_collections(settings: Settings, named: Sequence[Path]) -> list[Path]:
         return []
     if not root.is_dir():
         raise ConfigError(f"collections_root {root} is not a directory")
-    for left in root.glob(f"{DROPPED}*"):  # by a drop that was cut short
+    for left in [] if settings.read_only else root.glob(f"{DROPPED}*"):  # a drop was cut short
         shutil.rmtree(left, ignore_errors=True)
     known = {path.resolve() for path in named}
     found = sorted(file.parent for file in root.glob(f"*/{DATABASE}"))

@@ -214,7 +214,7 @@ def _message(error: Exception) -> str:
         return "the collection was dropped"
     if is_disk_full(error):
         logger.error("a request failed: %s", error)
-        return "the service's disk is full, and nothing was changed; make room, then repeat"
+        return "the service's disk is full: make room, then repeat what was not acknowledged"
     logger.error("a request failed: %s", error, exc_info=error)
     if isinstance(error, CheckpointError):
         return "the model could not be loaded, the old one stays; the server's log says why"

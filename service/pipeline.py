@@ -337,7 +337,7 @@ class Pipeline:
     def _decoded(self, data: bytes, kind: Kind) -> Iterator[Decoded]:
         """The picture, which takes memory until it is left."""
         header = read_header(data, self._limits)
-        with self._decoders.memory.hold(decoding_bytes(header)):
+        with self._decoders.memory.hold(decoding_bytes(header, self._model.transform)):
             started = time.perf_counter()
             yield decode(data, self._model.transform, self._limits, header)
             self.observer.stage("decode", kind, time.perf_counter() - started)

@@ -86,7 +86,9 @@ class Pool:
         with self._arrived:
             lost = {worker: worker.held for worker in self._workers if self._is_lost(worker)}
             for worker in lost:
-                self._left_behind.append(self._workers.pop(worker))
+                thread = self._workers.pop(worker)
+                self._left_behind.append(thread)
+                self.memory.take_back(thread)
                 logger.error("%s: a thread hangs or died and is left behind", self._name)
             self._left_behind = [thread for thread in self._left_behind if thread.is_alive()]
             if not self._over.is_set():
@@ -119,8 +121,11 @@ class Pool:
             self._supervisor.start()
 
     def _is_lost(self, worker: _Worker) -> bool:
-        if not self._workers[worker].is_alive():
+        thread = self._workers[worker]
+        if not thread.is_alive():
             return True
+        if self.memory.is_waiting(thread):  # it has not begun
+            worker.began_s = self._clock()
         return worker.held is not None and self._clock() - worker.began_s >= self._max_task_s
 
     def _fill(self) -> None:

@@ -228,12 +228,7 @@ class Registry:
     async def _create(self, path: Path, model: ServedModel) -> ServedCollection:
         async with self._creating:
             if path.name in self.collections or path.exists():
-                raise RequestError(
-                    "there is a collection of that name, or something else in its place; take"
-                    " another",
-                    param="name",
-                    code="collection_exists",
-                )
+                raise _taken()
             loop = asyncio.get_running_loop()
             served = await loop.run_in_executor(self._store, self._make, path, model)
             self._bind(served)
@@ -242,6 +237,10 @@ class Registry:
 
     def _make(self, path: Path, model: ServedModel) -> ServedCollection:
         try:
+            path.mkdir()
+        except FileExistsError:  # by another process, a moment ago
+            raise _taken() from None
+        try:
             Collection.create(
                 path,
                 fingerprint=model.fingerprint,
@@ -249,7 +248,7 @@ class Registry:
                 embed_dim=model.model.embed_dim,
             ).close()
             return self._open(path, model)
-        except BaseException:  # nothing was there before
+        except BaseException:  # the folder is ours alone
             shutil.rmtree(path, ignore_errors=True)
             raise
 
@@ -309,3 +308,11 @@ class Registry:
             aside.rename(path)
             raise
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _taken() -> RequestError:
+    return RequestError(
+        "there is a collection of that name, or something else in its place; take another",
+        param="name",
+        code="collection_exists",
+    )

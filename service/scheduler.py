@@ -153,8 +153,9 @@ class Schedule:
 
     def next_batch(self, now_s: float = math.inf) -> list[Item]:
         """Take out a batch: of the most pressing priority that is ready by then, the kind that
-        waited longest. Something must be."""
-        ready = [p for p, lane in self._lanes.items() if lane and self._ready_s(*p) <= now_s]
+        waited longest. Something must wait; if none of it is ready any more, all of it is."""
+        waiting = [place for place, lane in self._lanes.items() if lane]
+        ready = [place for place in waiting if self._ready_s(*place) <= now_s] or waiting
         priority = self._next_priority({priority for priority, _ in ready})
         kinds = [kind for one, kind in ready if one == priority]
         kind = min(kinds, key=lambda kind: self._lanes[priority, kind].first_turn)

@@ -144,6 +144,19 @@ def test_a_jpeg_of_a_thousand_scans_is_refused_from_its_header() -> None:
         decode_image(scans((64, 48), 20), small)
 
 
+def test_what_lies_within_a_jpeg_or_behind_it_is_no_scan_of_it() -> None:
+    """Phones put thumbnails into one and films behind it, in which any bytes may come."""
+    scan = b"\xff\xda\xff\xd9" * 400
+    exif = b"Exif\0\0" + b"MM\0*\0\0\0\x08\0\0\0\0\0\0" + scan
+    data = encode(make_picture(), "JPEG", exif=exif, comment=scan)
+    assert data.count(b"\xff\xda") > 800
+    assert decode_image(data + scan).size == make_picture().size
+    for hidden in (b"\xff\xfe\0\x04\xff\xd9", b"\xff\xfe\0\0", b"\xff\xff\xff"):
+        bomb = scans((64, 48), 1000).replace(b"\xff\xda", hidden + b"\xff\xda")
+        with pytest.raises(ImageError, match="in 1010 scans"):
+            decode_image(bomb)
+
+
 def test_limits_are_inclusive() -> None:
     data = encode(make_picture(40, 20))
     decode_image(data, ImageLimits(len(data), 800, 2.0))

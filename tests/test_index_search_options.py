@@ -366,3 +366,22 @@ def test_what_the_hits_hold_is_told_before_it_is_read(
     with pytest.raises(ValueError, match=f"{told[0]}"):
         searcher.search(unit(3, seed=2), 4, exclude=["none"], admit=refuse)
     assert len(searcher.search(unit(3, seed=2), 4, with_items=False, admit=refuse)) == 3
+
+
+def test_what_is_told_of_hits_that_are_gone_is_taken_back(
+    truth: Truth, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    truth.collection.upsert([Item(f"{i}") for i in range(10)], unit(10))
+    searcher = truth.searcher()
+    told: list[int] = []
+    real = searcher.collection.items_of
+
+    def gone_at_first(rowids: np.ndarray) -> dict[int, Item]:
+        monkeypatch.setattr(searcher.collection, "items_of", real)
+        return {}
+
+    monkeypatch.setattr(searcher.collection, "items_of", gone_at_first)
+    (hits,) = searcher.search(unit(1, seed=2), 4, admit=told.append)
+    assert len(hits) == 4
+    first, back, again = told
+    assert (first + back, again) == (0, first)

@@ -24,13 +24,13 @@ def ask(budget: Budget, size: int) -> tuple[threading.Event, threading.Event, th
 
 
 def test_who_asks_for_more_than_is_left_waits_and_who_comes_later_waits_behind() -> None:
-    budget = Budget(100)
-    first, second = ask(budget, 60), ask(budget, 40)
+    budget = Budget(1000)
+    first, second = ask(budget, 600), ask(budget, 400)
     assert first[0].wait(WAIT_S)
     assert second[0].wait(WAIT_S)
-    large = ask(budget, 1000)  # more than there is
+    large = ask(budget, 5000)  # more than there is
     assert not large[0].wait(0.05)
-    small = ask(budget, 1)
+    small = ask(budget, 20)
     first[1].set()
     assert not large[0].wait(0.05)
     assert not small[0].wait(0.05)
@@ -42,8 +42,40 @@ def test_who_asks_for_more_than_is_left_waits_and_who_comes_later_waits_behind()
     small[1].set()
     for *_, thread in (first, second, large, small):
         thread.join(WAIT_S)
-    with budget.hold(100):  # all of it is back
+    with budget.hold(1000):  # all of it is back
         pass
+
+
+def test_little_is_had_at_once_whoever_waits() -> None:
+    budget = Budget(1000)
+    first = ask(budget, 1000)
+    assert first[0].wait(WAIT_S)
+    second = ask(budget, 1000)
+    assert not second[0].wait(0.05)
+    with budget.hold(10):
+        pass
+    for _, goes_on, thread in (first, second):
+        goes_on.set()
+        thread.join(WAIT_S)
+
+
+def test_what_a_hanging_thread_holds_is_taken_back_once() -> None:
+    budget = Budget(1000)
+    has, goes_on, thread = ask(budget, 1000)
+    assert has.wait(WAIT_S)
+    waiting = ask(budget, 1000)
+    assert not waiting[0].wait(0.05)
+    assert budget.is_waiting(waiting[2])
+    assert not budget.is_waiting(thread)
+    budget.take_back(thread)
+    assert waiting[0].wait(WAIT_S)
+    third = ask(budget, 1000)
+    goes_on.set()
+    thread.join(WAIT_S)
+    assert not third[0].wait(0.05)  # its late end gives nothing back a second time
+    for _, goes_on, thread in (waiting, third):
+        goes_on.set()
+        thread.join(WAIT_S)
 
 
 def test_a_large_picture_is_one_piece() -> None:

@@ -182,8 +182,13 @@ def test_pictures_are_decoded_within_the_pools_memory(pipeline, pool):
             yield
 
     pool.memory = Budget()
-    embed(pipeline, Picture(encode(make_picture(40, 30))), Text("a cat"))
-    assert asked == [13 * 40 * 30]
+    picture, large = make_picture(40, 30), make_picture(4000, 3000)
+    embed(pipeline, Picture(encode(picture)), Text("a cat"))
+    embed(pipeline, Picture(encode(picture, "JPEG")))
+    embed(pipeline, Picture(encode(large, "JPEG")))  # decoded at an eighth
+    embed(pipeline, Picture(encode(large, "JPEG", progressive=True)))
+    sizes = [13 * 40 * 30, 11 * 40 * 30, 5 * 4000 * 3000, 11 * 4000 * 3000]
+    assert asked == sizes
 
 
 def test_what_was_embedded_before_comes_from_the_cache_as_it_was(pipeline, observer):

@@ -1,6 +1,7 @@
 """The pool of decoders and tokenizers, with tasks that do what they are told."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -141,6 +142,32 @@ def test_hanging_threads_are_not_replaced_without_end(pool, clock):
     waiting.done.result(WAIT_S)
     for gate in gates:
         gate.opened.set()
+
+
+def test_who_waits_for_a_hanging_threads_memory_does_not_hang(clock):
+    pool = Pool(2, "decode", 60, clock)
+    hung, gate = job(), Gate()
+
+    def large(then: Callable[[], None]) -> Callable[[], None]:
+        def task() -> None:
+            with pool.memory.hold(2**40):
+                then()
+
+        return task
+
+    pool.submit(hung, [0], large(gate))
+    assert gate.entered.wait(WAIT_S)
+    waiting = job()
+    pool.submit(waiting, [0], large(lambda: waiting.settle(0, "done")))
+    while not any(map(pool.memory.is_waiting, pool._workers.values())):
+        time.sleep(0.01)
+    clock.now += 60
+    pool.inspect()
+    waiting.done.result(WAIT_S)
+    assert isinstance(hung.results[0], ModelFailed)
+    assert waiting.results == ["done"]
+    gate.opened.set()
+    pool.close()
 
 
 def test_a_thread_that_died_is_replaced(pool, monkeypatch):

@@ -142,6 +142,14 @@ def test_what_may_begin_goes_before_what_is_held(schedule, kind, priority):
     assert batch(schedule) == [0, 1]
 
 
+def test_a_request_of_which_more_comes_just_now_is_a_batch_all_the_same(schedule):
+    job = Job(2, lambda: None)
+    put(schedule, 0, kind="image", job=job)
+    assert schedule.ready_s() == -math.inf
+    job.prepare("image", [1])  # what it waited for elsewhere is its own to compute after all
+    assert batch(schedule) == [0]
+
+
 def test_a_part_that_fills_a_batch_waits_for_nothing(schedule):
     job = Job(9, lambda: None)
     job.prepare("image", [8])
