@@ -1,12 +1,14 @@
 """Fine-tuning and what it forgets: a model of fashion photos learns aerial pictures.
 
-    python -m benchmarks.finetune MODEL SCRATCH [--data ../shared/data] [--methods full LoRA LiT]
-        [--steps 100] [--alphas 0 0.5 1] [--out FILE.json]
+    clipserve train out=FASHION model.preset=tiny data.batch_size=128 train.steps=2400 \\
+        'data.train=../shared/data/fashion/train-*.tar' 'data.val=../shared/data/fashion/val-*.tar'
+    python -m benchmarks.finetune FASHION/best SCRATCH [--data ../shared/data]
+        [--methods full LoRA LiT] [--steps 100] [--alphas 0 0.5 1] [--out FILE.json]
 
-Each method trains MODEL on the same pictures of the new task (ucm), rehearsal on as many of the old
-one beside them; then retrieval is measured on the validation pictures of both tasks, also at alphas
-between MODEL and what it became (WiSE-FT). Runs in SCRATCH that were cut short go on, and finished
-ones are only measured.
+Each method trains the model on the same pictures of the new task (ucm), rehearsal on as many of the
+old one beside them; then retrieval is measured on the validation pictures of both tasks, also at
+alphas between it and what it became (WiSE-FT). Runs in SCRATCH that were cut short go on, and
+finished ones are only measured.
 """
 
 import argparse
@@ -48,9 +50,9 @@ COMMON = [
 ]
 METHODS = {
     "full": ["optim.lr=3e-4"],
-    "LoRA": ["optim.lr=1e-3", "lora.rank=6", "lora.alpha=12"],
+    "LoRA": ["optim.lr=1e-3", "lora.rank=16", "lora.alpha=32", "lora.whole=['logit_scale']"],
     "LiT": ["optim.lr=3e-4", "optim.freeze=['image.*']"],
-    "word vectors": ["optim.lr=1e-3", "optim.freeze=['*','!text.embeddings.words.weight']"],
+    "word vectors": ["optim.lr=1e-3", "optim.freeze=['*','!text.token_embedding.weight']"],
     "rehearsal": ["optim.lr=3e-4", "data.batch_size=256"],
 }
 OLD_WEIGHT = 0.1  # passes over the old task's 17,000 pictures for each over the new one's 1,680
