@@ -61,7 +61,7 @@ SETTINGS = {
     "OMP_NUM_THREADS": "1",
 }
 TEXTS = ["a red shoe", "two dogs on a beach", "x", "a long walk " * 30]
-BOUNDS_MB = {"peak over start": 1536, "end over half way": 128}
+BOUNDS_MB = {"peak over start": 1536, "end over half way": 256}
 """the first is what pictures may take while they are decoded, 1 GB, and the bodies that may be in
 flight (CLIPSERVE_MAX_INFLIGHT_BYTES); the second what malloc may keep in pieces, which grows for a
 minute and then no more"""
