@@ -213,7 +213,12 @@ def test_numbers_of_the_service_are_the_committed_results() -> None:
     assert f"failed none of {overload['reloads']['answered']:,}" in text
     poison = json.loads((results / "poison.json").read_text())
     assert poison["problems"] == []
-    assert f"{poison['rss_mb']['peak']:,.0f} MB resident, {poison['rss_mb']['start']:.0f}" in text
+    start, half, end, peak = (
+        f"{poison['rss_mb'][one]:,.0f}" for one in ("start", "half way", "end", "peak")
+    )
+    assert (
+        f"{start} MB resident at the start, {peak} at the peak, {half} half way and {end}" in text
+    )
     startup = json.loads((results / "startup.json").read_text())
     assert f"ready after {startup['ready_s']['median']:.1f} s" in text
 
