@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from clipserve.errors import ConfigError, IndexStoreError
+from clipserve.errors import CollectionClosed, ConfigError, IndexStoreError
 from index.collection import directory_lock
 from service.bulk import ENDED, About, Job, work_through
 from service.errors import (
@@ -155,6 +155,8 @@ class Jobs:
             await self._in_pool(job.spool.remove)
             return
         async with job.adding:
+            if job.state in ENDED:  # meanwhile
+                return
             job.state = "cancelled"
             if job.task is not None:
                 job.task.cancel()
@@ -232,9 +234,18 @@ class Jobs:
             await work_through(job, self._registry, self._pool)
             job.state = "done"
         except Exception as error:  # whatever it is, the next job has its turn
+            if await self._comes_back(job, error):
+                job.state, job.task = "queued", None
+                return
             job.state, job.error = "failed", error_fields(error)["message"]
         with contextlib.suppress(NotReady):  # logged; the next process will come to the same end
             await self._end(job)
+
+    async def _comes_back(self, job: Job, error: Exception) -> bool:
+        """Whether its collection was about to be dropped, and is served after all."""
+        if not isinstance(error, CollectionClosed | NotFound):
+            return False
+        return await self._registry.survives(job.collection, job.identity)
 
     def _next(self, collection: str) -> Job | None:
         jobs = self._jobs.values()

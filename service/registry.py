@@ -58,6 +58,7 @@ class Registry:
         self.decoders = Pool(settings.decode_threads, "decode", settings.max_batch_s)
         self._store = ThreadPoolExecutor(settings.search_threads, "search")
         self._creating = asyncio.Lock()
+        self._drops: dict[str, asyncio.Task[None]] = {}
         self._watchers: list[Callable[[ServedCollection], None]] = []
         self._caches = Caches(settings.text_cache_bytes, settings.image_cache_bytes)
         self._reloader = Reloader(self)
@@ -156,7 +157,19 @@ class Registry:
         path = self.collection(name).collection.path
         if path.resolve().parent != root.resolve():
             raise Forbidden("this collection is not below CLIPSERVE_COLLECTIONS_ROOT and stays")
-        await asyncio.shield(self._drop(self.collections.pop(name), path))
+        drop = asyncio.create_task(self._drop(self.collections.pop(name), path))
+        self._drops[name] = drop
+        drop.add_done_callback(lambda _: self._drops.pop(name))
+        await asyncio.shield(drop)
+
+    async def survives(self, name: str, identity: str) -> bool:
+        """Whether this collection is served, once a drop of it that is under way has ended."""
+        if name in self._drops:
+            await asyncio.wait({self._drops[name]})
+        served = self.collections.get(name)
+        return (
+            served is not None and not served.is_closed and served.collection.identity == identity
+        )
 
     def watch_collections(self, notify: Callable[[ServedCollection], None]) -> None:
         """Have it called, in the event loop, with what was made, dropped, or is served again."""

@@ -31,6 +31,15 @@ def test_texts_blobs_and_data_uris_are_encoded(world: Toys):
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
+def test_texts_that_were_cut_are_named_in_a_header(world: Toys):
+    matches = [{"text": "long " * 50}, {"text": "b"}]
+    data = [{"text": "a", "matches": matches}, {"text": "long " * 50, "matches": matches[1:]}]
+    answer = world.post("/post", data=data, execEndpoint="/rank")
+    assert answer.headers["x-clipserve-truncated"] == "data[0].matches[0].text,data[1].text"
+    whole = world.post("/post", data=data[:1], execEndpoint="/")
+    assert "x-clipserve-truncated" not in whole.headers
+
+
 def test_the_endpoint_may_be_in_the_header_and_name_a_model(world: Toys):
     header = {"request_id": "r1", "exec_endpoint": "/encode/tiny"}
     body = world.post("/post", data=[{"text": "a cat"}], header=header).json()

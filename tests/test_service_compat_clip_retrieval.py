@@ -57,6 +57,11 @@ def test_a_text_is_searched_for(world: Toys):
     assert answer.headers["x-clipserve-fingerprint"] == world.model.info.fingerprint
 
 
+def test_a_text_that_was_cut_is_named_in_a_header(world: Toys):
+    assert ask(world, text="long " * 50).headers["x-clipserve-truncated"] == "text"
+    assert "x-clipserve-truncated" not in ask(world, text="short").headers
+
+
 def test_a_vector_is_searched_for(world: Toys):
     vector = (3 * world.vectors[4]).tolist()
     assert ask(world, embedding_input=vector).json()[0]["id"] == "toy/4"

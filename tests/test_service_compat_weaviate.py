@@ -22,6 +22,13 @@ def test_texts_and_pictures_have_lists_of_their_own(world: Toys):
     np.testing.assert_allclose(answer["imageVectors"], world.vectors[:2], atol=1e-5)
 
 
+def test_texts_that_were_cut_are_named(world: Toys):
+    body = world.post(
+        "/vectorize", texts=["a", "long " * 50], images=[b64(world.pictures[0])]
+    ).json()
+    assert body["truncated"] == ["texts[1]"]
+
+
 def test_null_is_none(world: Toys):
     answer = world.post("/vectorize", texts=["a cat"], images=None).json()
     assert (len(answer["textVectors"]), answer["imageVectors"]) == (1, [])

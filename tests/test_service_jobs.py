@@ -12,6 +12,7 @@ import sys
 import threading
 import tracemalloc
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,6 +30,7 @@ from service.logs import JsonFormatter
 from service.notes import notes
 from service.routes import jobs as routes
 from service.settings import load_settings
+from service.spool import Spool
 
 NDJSON = {"Content-Type": "application/x-ndjson"}
 
@@ -357,9 +359,50 @@ def test_the_jobs_of_a_collection_that_comes_back_go_on(
         assert own_world.client.delete("/v1/collections/other").status_code == 500
         model.release.set()
         finish(own_world)
-    assert job(own_world, first)["state"] in ("failed", "done")
-    assert job(own_world, second)["state"] == "done"
+    assert [job(own_world, id)["state"] for id in (first, second)] == ["done", "done"]
     assert own_world.get("/v1/collections/other").json()["count"] == 3
+
+
+def test_a_job_that_is_made_while_its_collection_is_dropped_is_refused_and_gone(
+    tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+):
+    settings = load_settings(collections_root=tmp_path, jobs_dir=tmp_path / "jobs")
+    with serving(tmp_path, model_dir, settings) as world, ThreadPoolExecutor(1) as thread:
+        world.put("/v1/collections/other")
+        create, reached, dropped = Spool.create, threading.Event(), threading.Event()
+
+        def slowly(spool: Spool, about: dict[str, Any]) -> None:
+            reached.set()
+            assert dropped.wait(30)
+            create(spool, about)
+
+        monkeypatch.setattr(Spool, "create", slowly)
+        made = thread.submit(
+            world.post, "/v1/jobs", collection="other", items=texts(3), start=False
+        )
+        assert reached.wait(30)
+        assert world.client.delete("/v1/collections/other").status_code == 200
+        dropped.set()
+        assert error(made.result(30))["code"] == "job_not_open"
+        assert world.get("/v1/jobs").json()["data"] == []
+        assert not list((tmp_path / "jobs").glob("job-*"))
+
+
+def test_cancelling_what_failed_meanwhile_leaves_it_failed(own_world: World):
+    id = own_world.post("/v1/jobs", collection="toys", items=texts(3), start=False).json()["id"]
+    jobs = own_world.app.state.jobs
+    one = jobs.get(id)
+
+    async def cancel_late() -> None:
+        async with one.adding:
+            cancelling = asyncio.create_task(jobs.cancel(one))
+            await asyncio.sleep(0)
+            one.state, one.error = "failed", "for a reason"
+        await cancelling
+
+    assert own_world.client.portal is not None
+    own_world.client.portal.call(cancel_late)
+    assert (job(own_world, id)["state"], job(own_world, id)["error"]) == ("failed", "for a reason")
 
 
 def test_a_job_whose_start_cannot_be_stored_can_be_started_later(

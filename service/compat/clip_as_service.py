@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from clipserve.prompts import head_from_prompts
 from service.bodies import read_json
-from service.compat.vectors import Lenient, docs, embed, reply_bare
+from service.compat.vectors import Lenient, cut_places, docs, embed, reply_bare
 from service.errors import NotFound, RequestError
 from service.inputs import Input, check_count, parse_picture, parse_text
 from service.registry import ServedModel
@@ -54,7 +54,8 @@ async def post(request: Request, registry: ServedRegistry) -> Response:
     max_chars = registry.settings.max_text_chars
     parsed = [_parse(document, place, max_chars) for document, place in flat]
     inputs, places = zip(*parsed, strict=True)
-    vectors = iter((await embed(registry, served, inputs, places)).rows())
+    answer = await embed(registry, served, inputs, places)
+    vectors = iter(answer.rows())
     data: list[dict[str, Any]] = []
     for document in body.data:
         found: dict[str, Any] = {"id": document.get("id") or uuid.uuid4().hex}
@@ -71,7 +72,8 @@ async def post(request: Request, registry: ServedRegistry) -> Response:
         "routes": [],
         "data": data,
     }
-    return reply_bare(content, served)  # jina's client refuses a field it does not know
+    # jina's client refuses a field it does not know.
+    return reply_bare(content, served, cut_places(answer.truncated, places))
 
 
 def _endpoint(body: PostRequest) -> tuple[str, str | None]:

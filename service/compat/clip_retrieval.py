@@ -16,7 +16,7 @@ from starlette.responses import Response
 from index.collection import Item
 from index.search import MAX_HITS, Hit
 from service.bodies import parse_json
-from service.compat.vectors import Lenient, docs, embed, reply_bare
+from service.compat.vectors import Lenient, cut_places, docs, embed, reply_bare
 from service.errors import RequestError
 from service.inputs import check_count, parse_picture, parse_text, parse_vector
 from service.registry import Registry, ServedCollection
@@ -60,7 +60,7 @@ async def knn_service(request: Request, registry: ServedRegistry) -> Response:
     """The nearest items, best first."""
     body = await parse_json(request, KnnRequest, await request.body())  # ClipClient names no type
     served = registry.collection(body.indice_name)
-    vector = await _embed(registry, served, body)
+    vector, truncated = await _embed(registry, served, body)
     hits, items, pictures = await registry.in_store(served, _search, served, body, vector)
     generation = await registry.in_store(served, served.collection.generation)
     content = []
@@ -72,7 +72,7 @@ async def knn_service(request: Request, registry: ServedRegistry) -> Response:
             if hit.id in pictures:
                 found.setdefault("image", base64.b64encode(pictures[hit.id]).decode("ascii"))
         content.append(found | {"id": hit.id, "similarity": hit.score})
-    return reply_bare(content, served.model)
+    return reply_bare(content, served.model, truncated)
 
 
 @router.get("/indices-list")
@@ -103,8 +103,11 @@ async def metadata(request: Request, registry: ServedRegistry) -> Response:
     return reply_bare(content, served.model)
 
 
-async def _embed(registry: Registry, served: ServedCollection, body: KnnRequest) -> np.ndarray:
-    """(E,); clip-retrieval's clients send what they do not use as null, or an empty text."""
+async def _embed(
+    registry: Registry, served: ServedCollection, body: KnnRequest
+) -> tuple[np.ndarray, list[str]]:
+    """(E,), and what was cut; clip-retrieval's clients send what they do not use as null, or an
+    empty text."""
     given: dict[str, Any] = {
         "text": body.text or None,
         "image": body.image,
@@ -119,14 +122,14 @@ async def _embed(registry: Registry, served: ServedCollection, body: KnnRequest)
         )
     (kind,) = kinds
     if kind == "embedding_input":
-        return parse_vector(given[kind], served.collection.embed_dim, kind)
+        return parse_vector(given[kind], served.collection.embed_dim, kind), []
     query = (
         parse_text(given[kind], kind, registry.settings.max_text_chars)
         if kind == "text"
         else parse_picture(given[kind], kind)
     )
-    vector: np.ndarray = (await embed(registry, served.model, [query], [kind])).rows()[0]
-    return vector
+    answer = await embed(registry, served.model, [query], [kind])
+    return answer.rows()[0], cut_places(answer.truncated, [kind])
 
 
 def _search(

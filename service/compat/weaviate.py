@@ -5,7 +5,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from service.bodies import read_json
-from service.compat.vectors import Lenient, docs, embed
+from service.compat.vectors import Lenient, cut_places, docs, embed
 from service.errors import RequestError
 from service.inputs import Input, check_count, parse_picture, parse_text
 from service.replies import reply
@@ -48,7 +48,12 @@ async def vectorize(request: Request, registry: ServedRegistry) -> Response:
     ]
     answer = await embed(registry, served, inputs, places)
     rows = encode(answer.rows(), "float")
-    return reply({"textVectors": rows[: len(texts)], "imageVectors": rows[len(texts) :]}, served)
+    content = {
+        "textVectors": rows[: len(texts)],
+        "imageVectors": rows[len(texts) :],
+        "truncated": cut_places(answer.truncated, places),
+    }
+    return reply(content, served)
 
 
 @router.get("/meta")
