@@ -41,6 +41,7 @@ from benchmarks.service_peers import (
     vectors,
 )
 from benchmarks.service_ratios import compare, find_problems, ratios
+from clipserve.packed import multiplies_int8
 
 FOLDER = Path("build/service")
 INFINITY, CLIP_SERVER = FOLDER / "infinity", FOLDER / "clip-server"
@@ -104,10 +105,13 @@ def main() -> None:
 
 
 def known(device: str) -> list[Peer]:
-    """Ours first; of the others those that are installed."""
+    """Ours first; of the others those that are installed. On a CPU that can, int8 too."""
     peers = [ours()]
+    dtypes = ["float16", "bfloat16"] if device == "cuda" else ["float32", "bfloat16"]
+    if device == "cpu" and multiplies_int8():
+        peers.append(ours({"CLIPSERVE_DTYPE": "int8"}, "clipserve int8"))
+        dtypes.append("int8")
     if environments.is_installed(INFINITY):
-        dtypes = ("float16", "bfloat16") if device == "cuda" else ("float32", "bfloat16")
         peers += [infinity(INFINITY, dtype, device) for dtype in dtypes]
     if environments.is_installed(CLIP_SERVER):
         peers.append(clip_server(CLIP_SERVER, device))

@@ -121,9 +121,9 @@ def uri(content: str) -> str:
     return f"data:image/jpeg;base64,{content}"
 
 
-def ours(settings: dict[str, str] | None = None) -> Peer:
+def ours(settings: dict[str, str] | None = None, name: str = "clipserve") -> Peer:
     return Peer(
-        "clipserve",
+        name,
         lambda model, port: [
             *(sys.executable, "-m", "clipserve", "serve", str(model / "clipserve")),
             *("--port", str(port)),

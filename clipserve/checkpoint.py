@@ -130,8 +130,9 @@ def load(
     """Load a model directory for inference.
 
     device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1"; dtype: "auto" (bf16 where the
-    device is faster in it, see `clipserve.embed`), "fp32", "bf16". `verify` checks every file's
-    sha256 first. Raises CheckpointError for a missing, damaged or newer directory.
+    device is faster in it, see `clipserve.embed`), "fp32", "bf16", "int8". `verify` checks every
+    file's sha256 first. Raises CheckpointError for a missing, damaged or newer directory, and
+    ConfigError for a device or dtype that is not to be had here.
     """
     from clipserve.embed import prepare
 

@@ -1,9 +1,9 @@
 """Batches of pictures or texts -> unit vectors; the dtype and device policy in one place.
 
-Start at `prepare`, which measures whether a model may have bf16. Inference runs on weights cast to
-it, not under autocast: on a CPU autocast copies the attention's input projection for every sample
-and is slower than fp32 (measured on a 2-core Xeon with AMX, ViT-B/32, batch 32: fp32 30, autocast
-21, bf16 weights 131 pictures/s).
+Start at `prepare`, which measures whether a model may have bf16, or int8. Inference in bf16 runs on
+weights cast to it, not under autocast: on a CPU autocast copies the attention's input projection
+for every sample and is slower than fp32 (measured on a 2-core Xeon with AMX, ViT-B/32, batch 32:
+fp32 30, autocast 21, bf16 weights 131 pictures/s).
 """
 
 import logging
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from clipserve.decoding import open_decoded
 from clipserve.errors import ConfigError
 from clipserve.images import DEFAULT_LIMITS, ImageLimits, ImageSource
-from clipserve.packed import Packed, is_packed, pack, unpack
+from clipserve.packed import Packed, is_packed, is_quantized, multiplies_int8, pack, unpack
 
 if TYPE_CHECKING:
     from clipserve.model import Model
@@ -30,9 +30,13 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+INT8 = "int8"
+"""products in int8, all else in fp32; never chosen, only asked for"""
 
 LEAST_COSINE = 0.999
 """of bf16 vectors to fp32 ones, or a model that may choose stays in fp32"""
+LEAST_INT8_COSINE = 0.99
+"""of int8 vectors to fp32 ones, or the model is refused"""
 
 _SAMPLE_TEXTS = ["a photo of a cat", "two red shoes on a wooden table, seen from above", "7"]
 _CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
@@ -52,11 +56,19 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """ "auto" is bf16 where the hardware multiplies matrices faster in it, else fp32."""
+    """What weights are held in: "auto" is bf16 where the hardware multiplies matrices faster in it,
+    else fp32, as "int8" is. ConfigError for a name that is none, or that the device cannot do."""
     if name == "auto":
         return torch.bfloat16 if computes_bf16(device) else torch.float32
+    if name == INT8:
+        if device.type != "cpu" or not multiplies_int8():
+            raise ConfigError(
+                "dtype int8 is for CPUs with VNNI (AVX512-VNNI, AVX-VNNI) or AMX, and this is none;"
+                " use auto"
+            )
+        return torch.float32
     if name not in DTYPES:
-        raise ConfigError(f"unknown dtype {name!r}; use auto, {' or '.join(DTYPES)}")
+        raise ConfigError(f"unknown dtype {name!r}; use auto, {', '.join(DTYPES)} or {INT8}")
     return DTYPES[name]
 
 
@@ -75,8 +87,9 @@ def prepare(model: "Model", device: str = "auto", dtype: str = "auto") -> "Model
     """Move to a device and dtype for inference, in place. Logit scale and bias stay precise.
 
     "auto" takes bf16 only after comparing it with fp32 on a few pictures and texts; the least
-    cosine is in `model.bf16_cosine`, and below LEAST_COSINE the model stays in fp32. On a CPU the
-    weights are laid out anew: such a model can be neither saved, copied nor prepared again.
+    cosine is in `model.fp32_cosine`, and below LEAST_COSINE the model stays in fp32. "int8" is
+    compared as well, and a ConfigError below LEAST_INT8_COSINE. On a CPU the weights are laid out
+    anew: such a model can be neither saved, copied nor prepared again.
     """
     if is_packed(model.network):
         raise ValueError("the model was prepared for a CPU already; load it again for another use")
@@ -86,6 +99,9 @@ def prepare(model: "Model", device: str = "auto", dtype: str = "auto") -> "Model
     _keep_no_activations(model.network)
     if dtype == "auto" and towers == torch.bfloat16:
         _cast_if_faithful(model, towers)
+    elif dtype == INT8:
+        _cast(model, towers)
+        _quantize(model)
     else:
         _cast(model, towers)
         _pack(model)
@@ -97,14 +113,20 @@ def prepare(model: "Model", device: str = "auto", dtype: str = "auto") -> "Model
 
 
 def describe_precision(model: "Model") -> str:
-    """The dtype of the vectors, and what was measured to choose it."""
-    name = next(name for name, dtype in DTYPES.items() if dtype == model.dtype)
-    cosine = model.bf16_cosine
+    """What the vectors are computed in, and what was measured to choose it."""
+    name, cosine = precision(model), model.fp32_cosine
     if cosine is None:
         return name
-    if name == "bf16":
-        return f"bf16, cosine to fp32 at least {cosine:.5f}"
+    if name != "fp32":
+        return f"{name}, cosine to fp32 at least {cosine:.5f}"
     return f"fp32, for bf16 has a cosine to it of only {cosine:.5f}"
+
+
+def precision(model: "Model") -> str:
+    """What the vectors are computed in: fp32, bf16 or int8."""
+    if is_quantized(model.network):
+        return INT8
+    return next(name for name, dtype in DTYPES.items() if dtype == model.dtype)
 
 
 def count_processors() -> int:
@@ -240,13 +262,27 @@ def _cast_if_faithful(model: "Model", dtype: torch.dtype) -> None:
     saved = list(_castable(model))
     _cast(model, dtype)
     replaced = _pack(model)
-    model.bf16_cosine = float((exact * _embed_samples(model)).sum(axis=1).min())
-    if not model.bf16_cosine >= LEAST_COSINE:  # nor if it is NaN
+    model.fp32_cosine = float((exact * _embed_samples(model)).sum(axis=1).min())
+    if not model.fp32_cosine >= LEAST_COSINE:  # nor if it is NaN
         unpack(replaced)
         for module, name, tensor in saved:
             _replace(module, name, tensor)
         _pack(model)
         logger.warning("model %r stays in %s", model.info.name, describe_precision(model))
+
+
+def _quantize(model: "Model") -> None:
+    exact = _embed_samples(model)
+    pack(model.network, int8=True)
+    if not is_quantized(model.network):
+        raise ConfigError(f"model {model.info.name!r} has no layers for int8; use dtype auto")
+    model.fp32_cosine = float((exact * _embed_samples(model)).sum(axis=1).min())
+    if not model.fp32_cosine >= LEAST_INT8_COSINE:  # nor if it is NaN
+        raise ConfigError(
+            f"int8 changes the vectors of model {model.info.name!r} too much: their cosine to fp32"
+            f" is {model.fp32_cosine:.4f}, and at least {LEAST_INT8_COSINE} is asked for; use dtype"
+            " auto"
+        )
 
 
 def _castable(model: "Model") -> Iterator[tuple[nn.Module, str, Tensor]]:

@@ -70,8 +70,8 @@ class Model(nn.Module):
         self.transform = transform
         self.tokenizer = tokenizer
         self.info = info
-        self.bf16_cosine: float | None = None
-        """least cosine of bf16 to fp32, where `clipserve.embed.prepare` measured it"""
+        self.fp32_cosine: float | None = None
+        """least cosine of a faster precision to fp32, where `embed.prepare` measured it"""
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """Unit vectors (B, E) from normalised pixels (B, 3, H, W)."""

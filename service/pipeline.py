@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from clipserve.decoding import decode, decoding_bytes
-from clipserve.embed import stage
+from clipserve.embed import precision, stage
 from clipserve.images import make_thumbnail, read_header
 from clipserve.model import Model
 from clipserve.transforms import Decoded
@@ -98,7 +98,7 @@ class Pipeline:
         self._decoders = decoders
         self.observer = observer
         self._caches = caches or Caches(0, 0)
-        self._maker = f"{model.info.fingerprint}/{model.dtype}/{model.device.type}"
+        self._maker = f"{model.info.fingerprint}/{precision(model)}/{model.device.type}"
         # Texts do not wait behind pictures; one thread, for transformers' fast tokenizers are not
         # thread-safe.
         self._tokenizer_thread = Pool(1, f"tokenize-{name}", settings.max_batch_s)

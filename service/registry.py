@@ -89,7 +89,7 @@ class Registry:
 
     def load_model(self, path: Path) -> ServedModel:
         """Load, serve and warm up the model of a directory. CheckpointError, and `add_model`'s."""
-        served = self.add_model(load_checked(path), path)
+        served = self.add_model(load_checked(path, dtype=self.settings.dtype), path)
         served.pipeline.warm_up()
         return served
 

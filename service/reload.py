@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from clipserve.checkpoint import load, verify
-from clipserve.embed import DTYPES
+from clipserve.embed import INT8, precision
 from clipserve.errors import ConfigError
 from clipserve.model import Model
 from service.served import ServedCollection, ServedModel
@@ -120,9 +120,8 @@ def load_checked(path: Path, device: str = "auto", dtype: str = "auto") -> Model
 def _dtype_asked(model: Model) -> str:
     """What it was loaded with: "auto" if it was measured, for another checkpoint is another
     measurement. Where "auto" measures nothing it comes to the same dtype again."""
-    if model.bf16_cosine is not None:
-        return "auto"
-    return next(name for name, dtype in DTYPES.items() if dtype == model.dtype)
+    name = precision(model)
+    return "auto" if name != INT8 and model.fp32_cosine is not None else name
 
 
 def _log_failure(task: "asyncio.Task[ReloadResult]") -> None:

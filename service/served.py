@@ -16,7 +16,7 @@ import numpy as np
 
 from clipserve.checkpoint import MANIFEST
 from clipserve.config import RerankScore
-from clipserve.embed import describe_precision
+from clipserve.embed import describe_precision, precision
 from clipserve.errors import ClipserveError, CollectionClosed
 from clipserve.model import Model
 from clipserve.prompts import fill, head_from_prompts, load_templates
@@ -80,7 +80,7 @@ class ServedModel:
                 param="labels",
                 code="too_many_items",
             )
-        key = (self.fingerprint, self.model.dtype, digest(labels, sets))
+        key = (self.fingerprint, precision(self.model), digest(labels, sets))
         return await self._heads.get(key, lambda: self._build_head(labels, sets))
 
     async def match(self, images: Sequence[Input], texts: Sequence[Input]) -> Matched:

@@ -9,9 +9,16 @@ from conftest import encode, make_picture
 
 import clipserve
 from clipserve import checkpoint, embed
-from clipserve.embed import describe_precision, prepare, resolve_device, resolve_dtype
+from clipserve.embed import (
+    describe_precision,
+    precision,
+    prepare,
+    resolve_device,
+    resolve_dtype,
+)
 from clipserve.errors import ConfigError, ImageError
 from clipserve.model import Model
+from clipserve.packed import multiplies_int8
 
 
 def test_paths_bytes_and_images_give_one_vector(tiny_model: Model, tmp_path: Path) -> None:
@@ -66,8 +73,8 @@ def test_where_the_hardware_has_it_bf16_is_chosen_by_measuring(
     monkeypatch.setattr(embed, "computes_bf16", lambda device: True)
     model = clipserve.load(model_dir, device="cpu")
     assert model.dtype == torch.bfloat16
-    assert model.bf16_cosine is not None
-    assert 0.999 < model.bf16_cosine < 1
+    assert model.fp32_cosine is not None
+    assert 0.999 < model.fp32_cosine < 1
     assert describe_precision(model).startswith("bf16, cosine to fp32 at least 0.999")
 
 
@@ -85,7 +92,7 @@ def test_a_model_that_bf16_would_change_stays_in_fp32_and_says_so(
         prepare(model, "cpu")
     assert model.dtype == torch.float32
     assert torch.equal(model.network.visual.proj, weights)  # not what bf16 left of them
-    assert model.bf16_cosine is not None
+    assert model.fp32_cosine is not None
     assert "stays in fp32, for bf16 has a cosine to it of only" in caplog.text
     assert {p.dtype for p in model.parameters()} == {p.dtype for p in exact.parameters()}
     assert [type(m) for m in model.network.modules()] == [type(m) for m in exact.network.modules()]
@@ -106,6 +113,48 @@ def test_bf16_is_for_processors_that_are_faster_in_it(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     assert embed.computes_bf16(torch.device("cpu")) is computes
+
+
+@pytest.mark.skipif(not multiplies_int8(), reason="no VNNI or AMX here")
+def test_int8_is_measured_and_told(model_dir: Path) -> None:
+    exact = clipserve.load(model_dir, device="cpu", dtype="fp32")
+    model = clipserve.load(model_dir, device="cpu", dtype="int8")
+    assert model.fp32_cosine is not None
+    assert 0.99 < model.fp32_cosine < 1
+    assert describe_precision(model) == f"int8, cosine to fp32 at least {model.fp32_cosine:.5f}"
+    assert (precision(exact), precision(model)) == ("fp32", "int8")
+    pictures = [make_picture(seed=i) for i in range(4)]
+    cosine = (exact.embed_images(pictures) * model.embed_images(pictures)).sum(axis=1)
+    assert 0.995 < cosine.min() < 1
+
+
+@pytest.mark.skipif(not multiplies_int8(), reason="no VNNI or AMX here")
+def test_a_model_that_int8_would_change_is_refused(model_dir: Path) -> None:
+    model = checkpoint.load_for_training(model_dir)
+    with torch.no_grad():  # one number of each row so large that the others round to nothing
+        for block in model.network.transformer.resblocks:
+            block.ln_1.bias[0] = block.ln_2.bias[0] = 1e5
+            block.attn.in_proj_weight[:, 0] = block.mlp.c_fc.weight[:, 0] = 0
+    with pytest.raises(ConfigError, match="int8 changes the vectors of model .* too much"):
+        prepare(model, "cpu", "int8")
+
+
+@pytest.mark.skipif(not multiplies_int8(), reason="no VNNI or AMX here")
+def test_a_model_without_layers_for_int8_is_refused(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("clipserve.packed._BLOCK", "no.such.block")
+    monkeypatch.setattr("clipserve.packed._is_patches", lambda _: False)
+    with pytest.raises(ConfigError, match="has no layers for int8"):
+        clipserve.load(model_dir, device="cpu", dtype="int8")
+
+
+def test_int8_is_refused_where_its_sums_would_be_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True})
+    with pytest.raises(ConfigError, match="int8 is for CPUs with VNNI"):
+        resolve_dtype("int8", torch.device("cpu"))
+    with pytest.raises(ConfigError, match="int8 is for CPUs with VNNI"):
+        resolve_dtype("int8", torch.device("cuda"))
 
 
 def test_texts_are_the_same_in_any_layout(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,7 +192,7 @@ def test_unknown_devices_and_dtypes_are_named() -> None:
         resolve_device("gpu9")
     with pytest.raises(ConfigError, match="cuda:99"):
         resolve_device("cuda:99")
-    with pytest.raises(ConfigError, match="'int4'.*fp32 or bf16"):
+    with pytest.raises(ConfigError, match="'int4'.*fp32, bf16 or int8"):
         resolve_dtype("int4", torch.device("cpu"))
 
 

@@ -15,10 +15,20 @@ import clipserve
 from clipserve import checkpoint
 from clipserve.embed import prepare
 from clipserve.model import Model, create
-from clipserve.packed import PackedBlock, PackedLinear, PackedPatches, pack, unpack
+from clipserve.packed import (
+    PackedBlock,
+    PackedLinear,
+    PackedPatches,
+    QuantizedLinear,
+    is_quantized,
+    multiplies_int8,
+    pack,
+    unpack,
+)
 
 DTYPES = [torch.bfloat16, torch.float32]
 MASK = torch.full((7, 7), float("-inf")).triu(1)
+needs_int8 = pytest.mark.skipif(not multiplies_int8(), reason="no VNNI or AMX here")
 
 
 def assert_close(found: Tensor, expected: Tensor) -> None:
@@ -89,6 +99,99 @@ def test_a_packed_linear_gives_what_the_linear_gives(bias: bool, dtype: torch.dt
                 assert packed(x).shape == linear(x).shape
 
 
+def int8_by_hand(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Row by row and number by number, in float64."""
+    x, weight = x.double(), weight.double()
+    product = torch.zeros(len(x), len(weight), dtype=torch.float64)
+    for i, row in enumerate(x):
+        for j, column in enumerate(weight):
+            step, other = row.abs().max() / 127, column.abs().max() / 127
+            total = int((torch.floor(row / step + 0.5) * torch.round(column / other)).sum())
+            product[i, j] = total * step * other
+    return product if bias is None else product + bias.double()
+
+
+@needs_int8
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_quantized_linear_multiplies_rounded_numbers_exactly(bias: bool) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(70, 33, bias=bias).requires_grad_(False)
+    quantized, x = QuantizedLinear(linear.weight, linear.bias), torch.randn(5, 70)
+    expected = int8_by_hand(x, linear.weight, linear.bias)
+    torch.testing.assert_close(quantized(x).double(), expected, rtol=1e-5, atol=1e-6)
+    residual = torch.randn(5, 33)
+    torch.testing.assert_close(quantized.add_to(residual, x), residual + quantized(x))
+    torch.testing.assert_close(quantized(x, "gelu", "tanh"), gelu(quantized(x)))
+    stacked = quantized(x.reshape(1, 5, 1, 70))
+    assert torch.equal(stacked, quantized(x).reshape(1, 5, 1, 33))
+    assert quantized(x[:0]).shape == (0, 33)
+    assert torch.equal(quantized(x[0]), quantized(x)[0])  # alone as beside others
+
+
+def gelu(x: Tensor) -> Tensor:
+    return nn.functional.gelu(x, approximate="tanh")
+
+
+@needs_int8
+@pytest.mark.parametrize("sign", [1, -1])
+def test_sums_of_the_largest_int8_products_are_not_cut(sign: int) -> None:
+    quantized = QuantizedLinear(torch.full((16, 4096), float(sign)), None)
+    torch.testing.assert_close(quantized(torch.ones(2, 4096)), torch.full((2, 16), 4096.0 * sign))
+
+
+@needs_int8
+def test_rows_of_zeros_and_of_no_numbers_are_what_they_are_in_fp32() -> None:
+    torch.manual_seed(0)
+    weight, bias = torch.randn(16, 32), torch.randn(16)
+    weight[3] = 0
+    x = torch.randn(4, 32)
+    x[0] = 0
+    x[1, 5], x[2, 5] = float("nan"), float("inf")
+    found = QuantizedLinear(weight, bias)(x)
+    assert torch.equal(found[0], bias)
+    assert not found[1:3].isfinite().any()
+    assert torch.equal(found[3], QuantizedLinear(weight, bias)(x[3:])[0])
+    assert found[3, 3] == bias[3]
+
+
+@needs_int8
+@pytest.mark.parametrize("mask", [None, MASK], ids=["unmasked", "causal"])
+@pytest.mark.parametrize("act", [nn.GELU, QuickGELU])
+def test_a_block_in_int8_gives_nearly_what_the_block_gives(
+    mask: Tensor | None, act: type[nn.Module]
+) -> None:
+    block, x = a_block(torch.float32, act_layer=act), states(torch.float32)
+    found = PackedBlock(block, linear=QuantizedLinear)(x, attn_mask=mask)
+    expected = block(x, attn_mask=mask)
+    assert (found - expected).norm() < 0.03 * expected.norm()
+
+
+@needs_int8
+def test_patches_in_int8_are_nearly_what_the_convolution_gives() -> None:
+    torch.manual_seed(0)
+    convolution = nn.Conv2d(3, 24, 8, stride=8).requires_grad_(False)
+    pixels = torch.rand(2, 3, 32, 32)
+    expected = convolution(pixels)
+    found = PackedPatches(convolution, QuantizedLinear)(pixels)
+    assert (found - expected).norm() < 0.03 * expected.norm()
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "is_able"),
+    [
+        ({"avx512_vnni": True}, True),
+        ({"avx_vnni": True}, True),
+        ({"amx_int8": True}, True),
+        ({"avx512_f": True, "avx2": True}, False),
+    ],
+)
+def test_processors_that_would_cut_sums_of_int8_are_known(
+    capabilities: dict[str, bool], is_able: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert multiplies_int8() is is_able
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [(32, 32), (32, 48), (35, 47)])
 def test_packed_patches_give_what_the_convolution_gives(
@@ -131,7 +234,10 @@ def test_blocks_with_cross_attention_and_overlapping_windows_are_left_alone() ->
     assert list(network) == [block, convolution, network[2]]
 
 
-@pytest.mark.parametrize(("dtype", "least"), [("bf16", 0.999), ("fp32", 0.999999)])
+@pytest.mark.parametrize(
+    ("dtype", "least"),
+    [("bf16", 0.999), ("fp32", 0.999999), pytest.param("int8", 0.998, marks=needs_int8)],
+)
 @pytest.mark.parametrize("kind", ["open_clip", "albef", "timm"])
 def test_a_packed_model_gives_the_vectors_of_its_fp32_self(
     kind: str, dtype: str, least: float, tiny_model: Model, tmp_path: Path
@@ -145,7 +251,8 @@ def test_a_packed_model_gives_the_vectors_of_its_fp32_self(
     expected = exact.embed_images(pictures), exact.embed_texts(texts)
     packed = prepare(copy.deepcopy(model), "cpu", dtype)
     kinds = {type(module) for module in packed.network.modules()}
-    assert kinds & {PackedBlock, PackedLinear}
+    assert kinds & {PackedBlock, PackedLinear, QuantizedLinear}
+    assert is_quantized(packed.network) == (dtype == "int8")
     found = packed.embed_images(pictures), packed.embed_texts(texts)
     for ours, true in zip(found, expected, strict=True):
         assert (ours * true).sum(axis=1).min() > least

@@ -12,8 +12,10 @@ import torch
 
 import clipserve
 from clipserve import checkpoint
+from clipserve.embed import precision
 from clipserve.errors import CheckpointError, ConfigError
 from clipserve.model import create
+from clipserve.packed import multiplies_int8
 from index.collection import Collection, Item
 from service.errors import ModelFailed, NotFound
 from service.inputs import Text
@@ -79,7 +81,17 @@ def computes_bf16(device: torch.device) -> bool:
     return True
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "auto"])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        "fp32",
+        "bf16",
+        "auto",
+        pytest.param(
+            "int8", marks=pytest.mark.skipif(not multiplies_int8(), reason="no VNNI here")
+        ),
+    ],
+)
 @pytest.mark.parametrize("turn", [0, 1])
 def test_the_new_model_is_loaded_in_the_dtype_of_the_old_one(
     registry, paths, monkeypatch, dtype, turn
@@ -90,8 +102,8 @@ def test_the_new_model_is_loaded_in_the_dtype_of_the_old_one(
     asyncio.run(registry.reload("m", paths[turn]))
     new = registry.model("m").model
     assert new is not old
-    assert new.dtype == old.dtype
-    assert (new.bf16_cosine is None) == (dtype != "auto")
+    assert precision(new) == precision(old)
+    assert (new.fp32_cosine is None) == (dtype not in ("auto", "int8"))
 
 
 def test_twenty_reloads_under_load_fail_no_request_and_mix_no_models(registry, paths):

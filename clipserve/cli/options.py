@@ -20,7 +20,7 @@ CollectionDir = Annotated[Path, typer.Argument(metavar="COLLECTION", help="Colle
 Field = Annotated[str, typer.Option(help="Which vectors: image, or text, those of the captions.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Dtype = Annotated[str, typer.Option(help="auto, fp32 or bf16.")]
+Dtype = Annotated[str, typer.Option(help="auto, fp32, bf16 or int8.")]
 
 _SOURCE_OPTIONS = {
     "image_column": Annotated[

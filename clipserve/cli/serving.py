@@ -30,6 +30,7 @@ def serve(
     ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port to listen on.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, fp32, bf16 or int8.")] = None,
 ) -> None:
     """Serve models and collections over REST, with a web page at /. Stop with Ctrl-C."""
     # Now, not after seconds of imports: the first process of a container has no default for it.
@@ -42,7 +43,7 @@ def serve(
         from service.logs import use_format
         from service.settings import load_settings
 
-    settings = load_settings(host=host, port=port)
+    settings = load_settings(host=host, port=port, dtype=dtype)
     use_format(settings.log_format)
     run([Path(model) for model in models], list(collection or []), settings)
 
