@@ -3,8 +3,9 @@
     python -m benchmarks.embedding [--architecture ViT-B-32] [--out FILE.json]
 
 Random weights, JPEG bytes of 640x480 in, unit vectors out: decoding, resizing and the towers. Ours
-as `clipserve.load` serves it; open_clip as its documentation shows it, and with bf16 autocast. The
-variants take turns, several rounds, and the median counts. The vectors are compared, too.
+as `clipserve.load` serves it, and in int8 on a CPU that can; open_clip as its documentation shows
+it, and with bf16 autocast. The variants
+take turns, several rounds, and the median counts. The vectors are compared, too.
 """
 
 import argparse
@@ -29,6 +30,7 @@ import clipserve
 from clipserve import checkpoint
 from clipserve.embed import describe_precision
 from clipserve.model import Model, create
+from clipserve.packed import multiplies_int8
 
 PACKAGES = ("torch", "open_clip_torch", "pillow", "numpy")
 Embed = Callable[[list[Any]], np.ndarray]
@@ -73,6 +75,11 @@ def main() -> None:
 
 def build_variants(ours: Model, directory: Path) -> tuple[dict[str, Embed], dict[str, Embed]]:
     """Functions from a list of items to unit vectors, by name; ours first."""
+    our_images, our_texts = {"clipserve": ours.embed_images}, {"clipserve": ours.embed_texts}
+    if ours.device.type == "cpu" and multiplies_int8():
+        rounded = clipserve.load(directory, "cpu", "int8")
+        our_images["clipserve int8"] = rounded.embed_images
+        our_texts["clipserve int8"] = rounded.embed_texts
     model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{directory}")
     model = model.eval().to(ours.device)
     tokenizer = open_clip.get_tokenizer(f"local-dir:{directory}")
@@ -97,12 +104,12 @@ def build_variants(ours: Model, directory: Path) -> tuple[dict[str, Embed], dict
 
     return (
         {
-            "clipserve": ours.embed_images,
+            **our_images,
             "open_clip fp32": their_images,
             "open_clip bf16 autocast": under_autocast(their_images),
         },
         {
-            "clipserve": ours.embed_texts,
+            **our_texts,
             "open_clip fp32": their_texts,
             "open_clip bf16 autocast": under_autocast(their_texts),
         },
@@ -115,8 +122,10 @@ def measure(
     """Items per second by batch size and variant; the least cosine of ours to open_clip fp32."""
     found: dict[str, Any] = {}
     expected = variants["open_clip fp32"](items[:32])
-    cosine = (variants["clipserve"](items[:32]) * expected).sum(axis=1)
-    found["least_cosine_to_open_clip_fp32"] = float(cosine.min())
+    for name in ("clipserve", "clipserve int8"):
+        if name in variants:
+            cosine = (variants[name](items[:32]) * expected).sum(axis=1)
+            found[f"least cosine of {name} to open_clip fp32"] = round(float(cosine.min()), 6)
     for batch in arguments.batches:
         times: dict[str, list[float]] = {name: [] for name in variants}
         for embed in variants.values():

@@ -16,6 +16,7 @@ def examine() -> dict[str, Any]:
     from PIL import features
 
     from clipserve.embed import resolve_device, resolve_dtype
+    from clipserve.packed import multiplies_int8
     from clipserve.pictures import find_emoji_font
 
     device = resolve_device("auto")
@@ -27,6 +28,7 @@ def examine() -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "device": str(device),
         "inference_dtype": str(resolve_dtype("auto", device)).removeprefix("torch."),
+        "int8": multiplies_int8(),
         "compiler": shutil.which("g++") or shutil.which("clang++"),
         "emoji_font": str(find_emoji_font() or "") or None,
         "free_disk_gb": round(shutil.disk_usage(".").free / 1e9, 1),

@@ -30,6 +30,9 @@ _CALLS_ITS_LINEARS = (
 )
 """modules that call their `nn.Linear`s and never read the weights themselves"""
 _INT8 = ("avx512_vnni", "avx_vnni", "amx_int8")
+_PART = 1_250_000
+"""numbers of a block's widest states; malloc gives larger ones back to the system each time
+(ViT-B/32 in int8, 32 pictures at once: 47 to 58 a second, in parts of this size 73)"""
 _ZERO = 128
 _SMALLEST = 1e-30
 """largest number of a row that is all but zero"""
@@ -235,6 +238,7 @@ class PackedBlock(_Unsaved):
         self._down = linear(mlp.c_proj.weight, mlp.c_proj.bias)
         self._activation = mlp.gelu
         self._fused = _fused(mlp.gelu)
+        self._part = _PART // len(mlp.c_fc.weight) if linear is QuantizedLinear else 0
 
     def get_weight_dtype(self) -> torch.dtype:
         """open_clip asks its first block, to cast what goes in."""
@@ -243,6 +247,13 @@ class PackedBlock(_Unsaved):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         """(B, T, D) -> (B, T, D), or (B, 1, D). attn_mask (T, T), or one (B * heads, T, T)
         for each, is added to the logits."""
+        size = max(1, self._part // x.shape[1])
+        is_whole = not self._part or size >= len(x)
+        if is_whole or (attn_mask is not None and attn_mask.dim() == 3):
+            return self._forward(x, attn_mask)
+        return torch.cat([self._forward(part, attn_mask) for part in torch.split(x, size)])
+
+    def _forward(self, x: Tensor, attn_mask: Tensor | None) -> Tensor:
         heads: Tensor = self._qkv(self._ln_1(x))
         heads = heads.reshape(*x.shape[:2], 3, self._heads, -1)
         query, key, value = heads.permute(2, 0, 3, 1, 4)  # (B, heads, T, D / heads) each

@@ -58,7 +58,7 @@ class Registry:
         self.decoders = Pool(settings.decode_threads, "decode", settings.max_batch_s)
         self._store = ThreadPoolExecutor(settings.search_threads, "search")
         self._creating = asyncio.Lock()
-        self._drops: dict[str, asyncio.Task[None]] = {}
+        self._drops: set[asyncio.Task[None]] = set()
         self._watchers: list[Callable[[ServedCollection], None]] = []
         self._caches = Caches(settings.text_cache_bytes, settings.image_cache_bytes)
         self._reloader = Reloader(self)
@@ -158,14 +158,14 @@ class Registry:
         if path.resolve().parent != root.resolve():
             raise Forbidden("this collection is not below CLIPSERVE_COLLECTIONS_ROOT and stays")
         drop = asyncio.create_task(self._drop(self.collections.pop(name), path))
-        self._drops[name] = drop
-        drop.add_done_callback(lambda _: self._drops.pop(name))
+        self._drops.add(drop)
+        drop.add_done_callback(self._drops.discard)
         await asyncio.shield(drop)
 
     async def survives(self, name: str, identity: str) -> bool:
-        """Whether this collection is served, once a drop of it that is under way has ended."""
-        if name in self._drops:
-            await asyncio.wait({self._drops[name]})
+        """Whether this collection is served, once the drops that are under way have ended."""
+        if self._drops:
+            await asyncio.wait(set(self._drops))
         served = self.collections.get(name)
         return (
             served is not None and not served.is_closed and served.collection.identity == identity

@@ -12,6 +12,9 @@ from PIL import Image
 
 from clipserve import checkpoint
 from clipserve.model import Model, create
+from clipserve.packed import multiplies_int8
+
+needs_int8 = pytest.mark.skipif(not multiplies_int8(), reason="a CPU without VNNI and AMX")
 
 
 def tiny_architecture() -> dict[str, Any]:

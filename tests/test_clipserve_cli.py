@@ -112,6 +112,7 @@ def test_a_users_mistake_is_one_line_and_code_two(
         ),
         (["demo", "--out", "."], "holds something else"),
         (["serve", "nowhere", "--port", "0"], "nowhere is not a model directory"),
+        (["serve", "x", "--dtype", "int4"], "dtype 'int4': input should be 'auto', 'fp32'"),
         (["frobnicate"], "frobnicate"),
     ],
 )

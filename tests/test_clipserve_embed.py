@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import encode, make_picture
+from conftest import encode, make_picture, needs_int8
 
 import clipserve
 from clipserve import checkpoint, embed
@@ -18,7 +18,6 @@ from clipserve.embed import (
 )
 from clipserve.errors import ConfigError, ImageError
 from clipserve.model import Model
-from clipserve.packed import multiplies_int8
 
 
 def test_paths_bytes_and_images_give_one_vector(tiny_model: Model, tmp_path: Path) -> None:
@@ -115,7 +114,7 @@ def test_bf16_is_for_processors_that_are_faster_in_it(
     assert embed.computes_bf16(torch.device("cpu")) is computes
 
 
-@pytest.mark.skipif(not multiplies_int8(), reason="no VNNI or AMX here")
+@needs_int8
 def test_int8_is_measured_and_told(model_dir: Path) -> None:
     exact = clipserve.load(model_dir, device="cpu", dtype="fp32")
     model = clipserve.load(model_dir, device="cpu", dtype="int8")
@@ -128,7 +127,7 @@ def test_int8_is_measured_and_told(model_dir: Path) -> None:
     assert 0.995 < cosine.min() < 1
 
 
-@pytest.mark.skipif(not multiplies_int8(), reason="no VNNI or AMX here")
+@needs_int8
 def test_a_model_that_int8_would_change_is_refused(model_dir: Path) -> None:
     model = checkpoint.load_for_training(model_dir)
     with torch.no_grad():  # one number of each row so large that the others round to nothing
@@ -139,7 +138,7 @@ def test_a_model_that_int8_would_change_is_refused(model_dir: Path) -> None:
         prepare(model, "cpu", "int8")
 
 
-@pytest.mark.skipif(not multiplies_int8(), reason="no VNNI or AMX here")
+@needs_int8
 def test_a_model_without_layers_for_int8_is_refused(
     model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

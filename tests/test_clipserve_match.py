@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from albefs import CAPTIONS, tiny_albef
-from conftest import make_picture
+from conftest import make_picture, needs_int8
 
 from clipserve.embed import prepare
 from clipserve.errors import ConfigError, ImageError
@@ -125,11 +125,14 @@ def test_batches_keep_the_order_and_their_size() -> None:
     assert list(_batches(pairs[:0], 4)) == []
 
 
-def test_bf16_models_match_too(model: Model) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "most"), [("bf16", 0.01), pytest.param("int8", 0.05, marks=needs_int8)]
+)
+def test_rounded_models_match_too(model: Model, dtype: str, most: float) -> None:
     full = model.match(PICTURES, CAPTIONS[:5])
-    half = prepare(model, "cpu", "bf16").match(PICTURES, CAPTIONS[:5])
-    assert half.dtype == np.float32
-    assert np.abs(full - half).max() < 0.01
+    rounded = prepare(model, "cpu", dtype).match(PICTURES, CAPTIONS[:5])
+    assert rounded.dtype == np.float32
+    assert 0 < np.abs(full - rounded).max() < most
 
 
 def test_unequal_numbers_are_refused(model: Model) -> None:

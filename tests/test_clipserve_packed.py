@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from albefs import timm_vision, tiny_albef
-from conftest import make_picture
+from conftest import make_picture, needs_int8
 from open_clip.transformer import QuickGELU, ResidualAttentionBlock
 from torch import Tensor, nn
 
@@ -28,7 +28,6 @@ from clipserve.packed import (
 
 DTYPES = [torch.bfloat16, torch.float32]
 MASK = torch.full((7, 7), float("-inf")).triu(1)
-needs_int8 = pytest.mark.skipif(not multiplies_int8(), reason="no VNNI or AMX here")
 
 
 def assert_close(found: Tensor, expected: Tensor) -> None:
@@ -164,6 +163,19 @@ def test_a_block_in_int8_gives_nearly_what_the_block_gives(
     found = PackedBlock(block, linear=QuantizedLinear)(x, attn_mask=mask)
     expected = block(x, attn_mask=mask)
     assert (found - expected).norm() < 0.03 * expected.norm()
+
+
+@needs_int8
+@pytest.mark.parametrize("mask", [None, MASK, MASK.expand(12, 7, 7)])
+def test_a_block_in_int8_may_take_its_batch_in_parts(
+    mask: Tensor | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block, x = a_block(torch.float32), states(torch.float32)
+    whole = PackedBlock(block, linear=QuantizedLinear)(x, attn_mask=mask)
+    for part in (1, 2 * 7 * 256):  # a sample; two of three samples of 7 tokens, 256 wide
+        monkeypatch.setattr("clipserve.packed._PART", part)
+        found = PackedBlock(block, linear=QuantizedLinear)(x, attn_mask=mask)
+        torch.testing.assert_close(found, whole)
 
 
 @needs_int8

@@ -17,6 +17,7 @@ from conftest import encode, make_picture
 import clipserve
 from clipserve.decoding import decode
 from clipserve.model import Model
+from clipserve.packed import multiplies_int8
 from clipserve.text import Tokenizer, Tokens
 from service.caches import Caches
 from service.errors import ImageError, ModelFailed, Overloaded
@@ -297,6 +298,8 @@ def test_caches_never_mix_models_or_dtypes(model, model_dir, pool, observer, tmp
         clipserve.load(model_dir, device="cpu", dtype="bf16"),
         clipserve.load(tmp_path / "other", device="cpu", dtype="fp32"),
     ]
+    if multiplies_int8():
+        models.append(clipserve.load(model_dir, device="cpu", dtype="int8"))
     caches = Caches(10**6, 10**6)
     pipelines = [Pipeline(m, load_settings(), pool, observer, "m", caches) for m in models]
     inputs = (Text("a cat"), picture(1))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from albefs import tiny_albef
-from conftest import encode, make_picture
+from conftest import encode, make_picture, needs_int8
 
 import clipserve
 from clipserve import checkpoint
@@ -47,6 +47,14 @@ def load(path: Path) -> clipserve.Model:
 def make_collection(path: Path, fingerprint: str) -> Path:
     Collection.create(path, fingerprint=fingerprint, model_name="m", embed_dim=16).close()
     return path
+
+
+@needs_int8
+def test_models_are_loaded_in_the_dtype_of_the_settings(model_dir):
+    registry = Registry(load_settings(dtype="int8"))
+    served = registry.load_model(model_dir)
+    assert served.precision.startswith("int8, cosine to fp32 at least 0.99")
+    registry.close()
 
 
 def test_a_collection_of_another_model_is_refused_naming_both(registry, model_dir, tmp_path):

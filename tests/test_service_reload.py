@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import needs_int8
 
 import clipserve
 from clipserve import checkpoint
 from clipserve.embed import precision
 from clipserve.errors import CheckpointError, ConfigError
 from clipserve.model import create
-from clipserve.packed import multiplies_int8
 from index.collection import Collection, Item
 from service.errors import ModelFailed, NotFound
 from service.inputs import Text
@@ -87,9 +87,7 @@ def computes_bf16(device: torch.device) -> bool:
         "fp32",
         "bf16",
         "auto",
-        pytest.param(
-            "int8", marks=pytest.mark.skipif(not multiplies_int8(), reason="no VNNI here")
-        ),
+        pytest.param("int8", marks=needs_int8),
     ],
 )
 @pytest.mark.parametrize("turn", [0, 1])

@@ -8,6 +8,7 @@ from conftest import tiny_architecture
 from served import World, check_refusal, error, serving
 
 from clipserve import checkpoint
+from clipserve.embed import describe_precision
 from clipserve.model import create
 from service.settings import load_settings
 
@@ -26,6 +27,7 @@ def test_models_are_told_in_the_shape_of_openai(world: World):
     assert (listed["id"], listed["object"], listed["owned_by"]) == ("tiny", "model", "clipserve")
     assert (listed["fingerprint"], listed["embed_dim"]) == (fingerprint, 16)
     assert (listed["can_match"], listed["multi_label"]) == (False, False)
+    assert listed["precision"] == describe_precision(world.model)
     assert listed["created"] > 1_600_000_000
     assert "openai" in body["template_sets"]
     one = world.get("/v1/models/tiny").json()

@@ -105,6 +105,7 @@ def _describe(served: ServedModel) -> dict[str, Any]:
         "created": served.created,
         "owned_by": "clipserve",
         "fingerprint": served.fingerprint,
+        "precision": served.precision,
         "embed_dim": model.embed_dim,
         "context_length": model.context_length,
         "image_size": list(model.transform.size),

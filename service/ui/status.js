@@ -17,6 +17,7 @@ const MODEL_COLUMNS = [
   "Vector",
   "Picture",
   "Tokens",
+  "Computes in",
   "Also",
   "Made",
 ];
@@ -164,6 +165,7 @@ function showModels() {
     `${one.embed_dim}`,
     (one.image_size ?? []).join(" x "),
     `${one.context_length}`,
+    one.precision,
     [one.can_match && "matching", one.multi_label && "several labels"].filter(Boolean).join(", ") ||
       "\u2013",
     new Date(1000 * one.created).toISOString().slice(0, 10),
