@@ -4,8 +4,8 @@
 
 Random weights, JPEG bytes of 640x480 in, unit vectors out: decoding, resizing and the towers. Ours
 as `clipserve.load` serves it, and in int8 on a CPU that can; open_clip as its documentation shows
-it, and with bf16 autocast. The variants
-take turns, several rounds, and the median counts. The vectors are compared, too.
+it, and with bf16 autocast. The variants take turns, several rounds, and the median counts. The
+vectors are compared, too.
 """
 
 import argparse

@@ -92,10 +92,11 @@ def find_problems(report: dict[str, Any]) -> list[str]:
 
 def _beside_infinity(mark: Mark, loads: Loads, but: str = "") -> dict[str, Any]:
     """`but` leaves services out, and then the ratio is stated only."""
+    services = loads.get(mark.load, {})
     numbers = {
         name: row[mark.number]
-        for name, row in loads.get(mark.load, {}).items()
-        if not but or but not in name
+        for name, row in services.items()
+        if name.split()[0] in (OURS, "infinity") and not (but and but in name)
     }
     bound = None if but else mark.bound
     ours, theirs = _best(OURS, numbers, mark), _best("infinity", numbers, mark)

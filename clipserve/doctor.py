@@ -28,7 +28,7 @@ def examine() -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "device": str(device),
         "inference_dtype": str(resolve_dtype("auto", device)).removeprefix("torch."),
-        "int8": multiplies_int8(),
+        "int8": device.type == "cpu" and multiplies_int8(),
         "compiler": shutil.which("g++") or shutil.which("clang++"),
         "emoji_font": str(find_emoji_font() or "") or None,
         "free_disk_gb": round(shutil.disk_usage(".").free / 1e9, 1),

@@ -61,7 +61,9 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.bfloat16 if computes_bf16(device) else torch.float32
     if name == INT8:
-        if device.type != "cpu" or not multiplies_int8():
+        if device.type != "cpu":
+            raise ConfigError(f"dtype int8 is for CPUs, not for {device}; use device cpu, or auto")
+        if not multiplies_int8():
             raise ConfigError(
                 "dtype int8 is for CPUs with VNNI (AVX512-VNNI, AVX-VNNI) or AMX, and this is none;"
                 " use auto"

@@ -89,7 +89,7 @@ def _swap(parent: nn.Module, name: str, new: nn.Module) -> Packed:
 
 
 def _replacements(
-    network: nn.Module, linear: "type[PackedLinear]"
+    network: nn.Module, linear: "type[Linear]"
 ) -> Iterator[tuple[nn.Module, str, nn.Module]]:
     last = _read_for_one_token(network)
     for parent in network.modules():
@@ -153,8 +153,8 @@ class PackedLinear(_Unsaved):
         return found
 
 
-class QuantizedLinear(PackedLinear):
-    """The same, multiplied in int8.
+class QuantizedLinear(_Unsaved):
+    """As PackedLinear, but multiplied in int8.
 
     Each row of the weight, and each token that comes in, is divided by its largest number and
     rounded to -127..127 (vector-wise quantisation, LLM.int8(), Dettmers et al. 2022, section 3.1,
@@ -163,7 +163,7 @@ class QuantizedLinear(PackedLinear):
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        _Unsaved.__init__(self)
+        super().__init__()
         exact = weight.detach().float()
         self._steps = _steps(exact).flatten()  # (out,)
         rounded = (exact / self._steps[:, None]).round_().to(torch.int8)
@@ -184,14 +184,26 @@ class QuantizedLinear(PackedLinear):
 
     def _multiply(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (..., in) in its steps times the weight: (..., out), and the steps (..., 1)."""
+        x = x.float()  # in bf16 there is no 255.5
         steps = _steps(x)
         # From 1 to 255, as oneDNN's quick product wants it; 128 is zero, and .5 makes it rounding.
         rounded = (x / steps).add_(_ZERO + 0.5).to(torch.uint8)
         product: Tensor = torch.ops.onednn.qlinear_pointwise(
-            *(rounded, 1.0, _ZERO, self._weight, self._steps, self._zeros, None),
-            *(1.0, 0, torch.float32, "none", [], ""),
+            rounded,
+            x_scale=1.0,
+            x_zero_point=_ZERO,
+            qw=self._weight,
+            w_scale=self._steps,
+            w_zero_point=self._zeros,
+            bias=None,
+            output_scale=1.0,
+            output_zero_point=0,
+            output_dtype=torch.float32,
+            post_op_name="none",
+            post_op_args=[],
+            post_op_algorithm="",
         )
-        return product, steps
+        return product.reshape(*x.shape[:-1], len(self._steps)), steps  # which no rows are not
 
 
 def _steps(rows: Tensor) -> Tensor:
@@ -199,10 +211,13 @@ def _steps(rows: Tensor) -> Tensor:
     return rows.abs().amax(dim=-1, keepdim=True).clamp_min_(_SMALLEST).div_(127)
 
 
+Linear = PackedLinear | QuantizedLinear
+
+
 class PackedPatches(_Unsaved):
     """A convolution that cuts a picture into patches, as the matrix product that it is."""
 
-    def __init__(self, convolution: nn.Conv2d, linear: type[PackedLinear] = PackedLinear) -> None:
+    def __init__(self, convolution: nn.Conv2d, linear: type[Linear] = PackedLinear) -> None:
         super().__init__()
         self._size = convolution.kernel_size
         self._linear = linear(convolution.weight.flatten(1), convolution.bias)
@@ -223,7 +238,7 @@ class PackedBlock(_Unsaved):
     alone, which is all that is looked at behind the last layer."""
 
     def __init__(
-        self, block: Any, *, first_only: bool = False, linear: type[PackedLinear] = PackedLinear
+        self, block: Any, *, first_only: bool = False, linear: type[Linear] = PackedLinear
     ) -> None:
         super().__init__()
         attention, mlp = block.attn, block.mlp
@@ -238,7 +253,8 @@ class PackedBlock(_Unsaved):
         self._down = linear(mlp.c_proj.weight, mlp.c_proj.bias)
         self._activation = mlp.gelu
         self._fused = _fused(mlp.gelu)
-        self._part = _PART // len(mlp.c_fc.weight) if linear is QuantizedLinear else 0
+        self._in_parts = linear is QuantizedLinear
+        self._width = len(mlp.c_fc.weight)
 
     def get_weight_dtype(self) -> torch.dtype:
         """open_clip asks its first block, to cast what goes in."""
@@ -247,9 +263,9 @@ class PackedBlock(_Unsaved):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         """(B, T, D) -> (B, T, D), or (B, 1, D). attn_mask (T, T), or one (B * heads, T, T)
         for each, is added to the logits."""
-        size = max(1, self._part // x.shape[1])
-        is_whole = not self._part or size >= len(x)
-        if is_whole or (attn_mask is not None and attn_mask.dim() == 3):
+        size = max(1, _PART // (x.shape[1] * self._width))
+        has_own_masks = attn_mask is not None and attn_mask.dim() == 3
+        if size >= len(x) or not self._in_parts or has_own_masks:
             return self._forward(x, attn_mask)
         return torch.cat([self._forward(part, attn_mask) for part in torch.split(x, size)])
 
@@ -268,7 +284,7 @@ class PackedBlock(_Unsaved):
         inner = self._up(inner, *self._fused) if self._fused else self._activation(self._up(inner))
         return self._add(x, self._down, inner, self._scale_2)
 
-    def _add(self, x: Tensor, linear: PackedLinear, y: Tensor, scale: nn.Module) -> Tensor:
+    def _add(self, x: Tensor, linear: Linear, y: Tensor, scale: nn.Module) -> Tensor:
         if isinstance(scale, nn.Identity):
             return linear.add_to(x, y)
         scaled: Tensor = scale(linear(y))

@@ -16,6 +16,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from clipserve import __version__
 from clipserve.checkpoint import read_description
+from clipserve.embed import resolve_device, resolve_dtype
 from clipserve.errors import ConfigError
 from index.collection import DATABASE
 from service.auth import Authenticate, Browsers, check_exposure
@@ -97,13 +98,14 @@ def serve(
 ) -> None:
     """Listen, load everything, answer until SIGTERM or SIGINT.
 
-    ConfigError if the port is taken or others could come in without a key, CheckpointError if a
-    path is no model directory: known before anything is loaded. CheckpointError and IndexStoreError
-    for what cannot be served.
+    ConfigError if the port is taken, others could come in without a key, or the device is not here,
+    CheckpointError if a path is no model directory: known before anything is loaded.
+    CheckpointError, ConfigError and IndexStoreError for what cannot be served.
     """
     if not model_paths:
         raise ConfigError("no model is given; name at least one model directory")
     check_exposure(settings)
+    resolve_dtype(settings.dtype, resolve_device(settings.device))
     with listen(settings.host, settings.port) as listener:
         for path in model_paths:
             read_description(path)

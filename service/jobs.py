@@ -147,21 +147,21 @@ class Jobs:
         self._wake(job.collection)
 
     async def cancel(self, job: Job) -> None:
-        """Stop it; what is stored already stays. One that has ended is forgotten."""
-        if job.state in ENDED:
-            if job.task is not None:  # which is about to note the end
-                await asyncio.wait({job.task})
-            self._jobs.pop(job.id, None)
-            await self._in_pool(job.spool.remove)
-            return
+        """Stop it; what is stored already stays. One that has ended is forgotten, one that ends
+        meanwhile is not."""
+        had_ended = job.state in ENDED
         async with job.adding:
-            if job.state in ENDED:  # meanwhile
-                return
-            job.state = "cancelled"
-            if job.task is not None:
-                job.task.cancel()
-                await asyncio.wait({job.task})
-            await self._end(job)
+            if had_ended:
+                if job.task is not None:  # which is about to note the end
+                    await asyncio.wait({job.task})
+                self._jobs.pop(job.id, None)
+                await self._in_pool(job.spool.remove)
+            elif job.state not in ENDED:
+                job.state = "cancelled"
+                if job.task is not None:
+                    job.task.cancel()
+                    await asyncio.wait({job.task})
+                await self._end(job)
 
     async def discard(self, job: Job) -> None:
         """As if it had never been sent."""

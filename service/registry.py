@@ -89,7 +89,7 @@ class Registry:
 
     def load_model(self, path: Path) -> ServedModel:
         """Load, serve and warm up the model of a directory. CheckpointError, and `add_model`'s."""
-        served = self.add_model(load_checked(path, dtype=self.settings.dtype), path)
+        served = self.add_model(load_checked(path, self.settings.device, self.settings.dtype), path)
         served.pipeline.warm_up()
         return served
 
@@ -163,13 +163,11 @@ class Registry:
         await asyncio.shield(drop)
 
     async def survives(self, name: str, identity: str) -> bool:
-        """Whether this collection is served, once the drops that are under way have ended."""
-        if self._drops:
-            await asyncio.wait(set(self._drops))
+        """Whether this collection is served, once a drop of it that is under way has ended."""
+        while name not in self.collections and self._drops:
+            await asyncio.wait(set(self._drops), return_when=asyncio.FIRST_COMPLETED)
         served = self.collections.get(name)
-        return (
-            served is not None and not served.is_closed and served.collection.identity == identity
-        )
+        return served is not None and served.is_open and served.collection.identity == identity
 
     def watch_collections(self, notify: Callable[[ServedCollection], None]) -> None:
         """Have it called, in the event loop, with what was made, dropped, or is served again."""

@@ -16,7 +16,7 @@ import numpy as np
 
 from clipserve.checkpoint import MANIFEST
 from clipserve.config import RerankScore
-from clipserve.embed import describe_precision, precision
+from clipserve.embed import describe_precision
 from clipserve.errors import ClipserveError, CollectionClosed
 from clipserve.model import Model
 from clipserve.prompts import fill, head_from_prompts, load_templates
@@ -66,7 +66,7 @@ class ServedModel:
 
     @property
     def precision(self) -> str:
-        """The dtype of its vectors, and what was measured to choose it."""
+        """What it computes in, and what was measured to choose it."""
         return describe_precision(self.model)
 
     async def head(self, labels: tuple[str, ...], templates: str | tuple[str, ...]) -> Head:
@@ -80,8 +80,7 @@ class ServedModel:
                 param="labels",
                 code="too_many_items",
             )
-        key = (self.fingerprint, precision(self.model), digest(labels, sets))
-        return await self._heads.get(key, lambda: self._build_head(labels, sets))
+        return await self._heads.get(digest(labels, sets), lambda: self._build_head(labels, sets))
 
     async def match(self, images: Sequence[Input], texts: Sequence[Input]) -> Matched:
         """How likely image i and text i belong together, read jointly."""
@@ -153,6 +152,11 @@ class ServedCollection:
         self._rebuilding: threading.Thread | None = None
         if settings.rebuild_indexes and is_writable(searcher.collection.path):
             self._running.enter_context(Maintainer(searcher))
+
+    @property
+    def is_open(self) -> bool:
+        """Neither closed nor about to be."""
+        return not (self.is_closed or self._is_leaving)
 
     def check_writable(self) -> None:
         """Forbidden if the settings allow no changes."""

@@ -43,9 +43,11 @@ class Settings(BaseSettings):
     """address to listen on; 0.0.0.0 for every interface"""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """port to listen on; 0 takes a free one"""
+    device: str = "auto"
+    """where models compute: cpu, cuda or cuda:N; auto: a GPU if there is one"""
     dtype: Literal["auto", "fp32", "bf16", "int8"] = "auto"
     """what models compute in; auto: bf16 where the CPU or GPU is faster in it and the vectors stay
-    the same; int8: for a CPU with VNNI or AMX, twice as fast as fp32, less exact"""
+    the same, else fp32; int8: for a CPU with VNNI that has no AMX, twice as fast, less exact"""
     collections_root: Path | None = None
     """folder whose collections are all served, beside those named on the command line"""
     model_roots: Several[Path] = ()

@@ -123,6 +123,11 @@ def test_a_mistake_in_a_process_of_its_own(
     check_mistake(spawn(*arguments), words)
 
 
+def test_a_device_to_serve_on_that_is_not_here_is_one_line(spawn: Run, model_dir: Path) -> None:
+    done = spawn("serve", model_dir, "--port", "0", "--device", "cuda:99")
+    check_mistake(done, "device 'cuda:99'")
+
+
 def check_mistake(done: Done, words: str) -> None:
     assert done.code == 2
     if "Usage" not in done.err:  # the parser shows how it is used, in a few lines

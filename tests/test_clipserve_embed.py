@@ -152,7 +152,7 @@ def test_int8_is_refused_where_its_sums_would_be_cut(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True})
     with pytest.raises(ConfigError, match="int8 is for CPUs with VNNI"):
         resolve_dtype("int8", torch.device("cpu"))
-    with pytest.raises(ConfigError, match="int8 is for CPUs with VNNI"):
+    with pytest.raises(ConfigError, match="int8 is for CPUs, not for cuda; use device cpu"):
         resolve_dtype("int8", torch.device("cuda"))
 
 

@@ -124,6 +124,8 @@ def test_a_quantized_linear_multiplies_rounded_numbers_exactly(bias: bool) -> No
     stacked = quantized(x.reshape(1, 5, 1, 70))
     assert torch.equal(stacked, quantized(x).reshape(1, 5, 1, 33))
     assert quantized(x[:0]).shape == (0, 33)
+    assert quantized(x.reshape(1, 5, 70)[:0]).shape == (0, 5, 33)
+    torch.testing.assert_close(quantized(x.bfloat16()), quantized(x.bfloat16().float()))
     assert torch.equal(quantized(x[0]), quantized(x)[0])  # alone as beside others
 
 
@@ -170,12 +172,17 @@ def test_a_block_in_int8_gives_nearly_what_the_block_gives(
 def test_a_block_in_int8_may_take_its_batch_in_parts(
     mask: Tensor | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    block, x = a_block(torch.float32), states(torch.float32)
-    whole = PackedBlock(block, linear=QuantizedLinear)(x, attn_mask=mask)
-    for part in (1, 2 * 7 * 256):  # a sample; two of three samples of 7 tokens, 256 wide
+    block, x = PackedBlock(a_block(torch.float32), linear=QuantizedLinear), states(torch.float32)
+    whole = block(x, attn_mask=mask)
+    taken: list[int] = []
+    forward = block._forward
+    monkeypatch.setattr(block, "_forward", lambda x, m: (taken.append(len(x)), forward(x, m))[1])
+    # A sample at least; two of three samples of 7 tokens, 256 wide.
+    for part, sizes in ((1, [1, 1, 1]), (2 * 7 * 256, [2, 1])):
         monkeypatch.setattr("clipserve.packed._PART", part)
-        found = PackedBlock(block, linear=QuantizedLinear)(x, attn_mask=mask)
-        torch.testing.assert_close(found, whole)
+        taken.clear()
+        torch.testing.assert_close(block(x, attn_mask=mask), whole)
+        assert taken == (sizes if mask is None or mask.dim() == 2 else [3])
 
 
 @needs_int8

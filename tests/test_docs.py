@@ -191,18 +191,23 @@ def test_numbers_in_the_readme_are_the_committed_results() -> None:
 def test_numbers_of_the_service_are_the_committed_results() -> None:
     text = (ROOT / "docs" / "service.md").read_text()
     results = ROOT / "benchmarks" / "results"
-    for name, services in (
-        ("service_amx.json", ("clipserve", "infinity")),
-        ("service.json", ("clipserve", "infinity", "clip-server")),
-    ):
-        report = json.loads((results / name).read_text())
-        assert report["date"] in text
-        for work, row in report["loads"].items():
-            found = {who: [row[one] for one in row if one.startswith(who)] for who in services}
-            rates = [max(one["items_per_s"] for one in found[who]) for who in services]
-            waits = [min(one["p50_ms"] for one in found[who]) for who in services]
-            cells = [work, *(f"{rate:.1f}" for rate in rates), *(f"{wait:.0f}" for wait in waits)]
-            assert f"| {' | '.join(cells)} |" in text, work
+    report = json.loads((results / "service_amx.json").read_text())
+    assert report["date"] in text
+    for work, row in report["loads"].items():
+        both = [[row[one] for one in row if one.startswith(who)] for who in ("clipserve", "infin")]
+        rates = [max(one["items_per_s"] for one in found) for found in both]
+        waits = [min(one["p50_ms"] for one in found) for found in both]
+        cells = [work, *(f"{rate:.1f}" for rate in rates), *(f"{wait:.0f}" for wait in waits)]
+        assert f"| {' | '.join(cells)} |" in text, work
+    report = json.loads((results / "service.json").read_text())
+    assert report["date"] in text
+    in_fp32 = ("infinity float32", "infinity bfloat16")
+    columns = [["clipserve"], ["clipserve int8"], in_fp32, ["infinity int8"], ["clip-server"]]
+    for work, row in report["loads"].items():
+        rates = [max(row[name]["items_per_s"] for name in names) for names in columns]
+        waits = [min(row[name]["p50_ms"] for name in names) for names in columns]
+        assert f"| {work} | {' | '.join(f'{rate:.1f}' for rate in rates)} |" in text, work
+        assert f"| {work} | {' | '.join(f'{wait:.0f}' for wait in waits)} |" in text, work
     paced = report["clipserve_at_80_percent_of_32_clients"]
     for what in ("text", "picture"):
         times = paced[f"1 {what}"]

@@ -46,8 +46,10 @@ def test_what_cannot_be_embedded_is_named(world: Toys, body: dict[str, Any], par
     assert world.error(refused)["param"] == param
 
 
-def test_info_names_the_model_and_its_limits(world: Toys):
+def test_info_names_the_model_and_its_limits(world: Toys, monkeypatch: pytest.MonkeyPatch):
     info = world.client.get("/info").json()
     assert (info["model_id"], info["model_sha"]) == ("tiny", world.model.info.fingerprint)
     assert (info["max_input_length"], info["model_dtype"]) == (16, "float32")
     assert info["max_client_batch_size"] == world.registry.settings.max_items
+    monkeypatch.setattr("service.compat.tei.precision", lambda model: "int8")
+    assert world.client.get("/info").json()["model_dtype"] == "int8"

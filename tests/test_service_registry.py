@@ -50,10 +50,11 @@ def make_collection(path: Path, fingerprint: str) -> Path:
 
 
 @needs_int8
-def test_models_are_loaded_in_the_dtype_of_the_settings(model_dir):
-    registry = Registry(load_settings(dtype="int8"))
+def test_models_are_loaded_where_and_in_what_the_settings_say(model_dir):
+    registry = Registry(load_settings(device="cpu", dtype="int8"))
     served = registry.load_model(model_dir)
     assert served.precision.startswith("int8, cosine to fp32 at least 0.99")
+    assert served.model.device.type == "cpu"
     registry.close()
 
 

@@ -30,6 +30,7 @@ def serve(
     ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port to listen on.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, fp32, bf16 or int8.")] = None,
 ) -> None:
     """Serve models and collections over REST, with a web page at /. Stop with Ctrl-C."""
@@ -43,7 +44,7 @@ def serve(
         from service.logs import use_format
         from service.settings import load_settings
 
-    settings = load_settings(host=host, port=port, dtype=dtype)
+    settings = load_settings(host=host, port=port, device=device, dtype=dtype)
     use_format(settings.log_format)
     run([Path(model) for model in models], list(collection or []), settings)
 

@@ -7,6 +7,7 @@ from pydantic import Field
 from starlette.responses import Response
 
 from clipserve import __version__
+from clipserve.embed import precision
 from service.bodies import read_json
 from service.compat.vectors import (
     Lenient,
@@ -24,6 +25,8 @@ from service.routes.encodings import encode
 from service.routes.state import ServedRegistry
 
 router = APIRouter(tags=["compatibility"])
+
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8"}
 
 
 class EmbedRequest(Lenient):
@@ -69,7 +72,7 @@ async def info(registry: ServedRegistry) -> Response:
     content = {
         "model_id": served.name,
         "model_sha": served.fingerprint,
-        "model_dtype": str(served.model.dtype).removeprefix("torch."),
+        "model_dtype": _DTYPES[precision(served.model)],
         "model_type": {"embedding": {"pooling": "cls"}},
         "max_input_length": served.model.context_length,
         "max_client_batch_size": registry.settings.max_items,
