@@ -7,7 +7,7 @@ times; fp32 without: a text of 27 tokens 1.3 times, 32 of them or 32 pictures 1.
 operators are those torch's own compiler uses. Products may also be made in int8, on rounded
 numbers. Start at `pack`.
 
-Legend: B batch, T tokens, D width, N rows.
+Legend: B batch, T tokens, D width.
 """
 
 from collections.abc import Iterator

@@ -288,7 +288,7 @@ class Registry:
         try:
             await asyncio.to_thread(self._close_idle, served, running)
             await asyncio.to_thread(self._erase, path)
-        except Exception:
+        except Exception:  # whatever it is: told to the client, who finds the collection as it was
             again = await asyncio.to_thread(self._open_again, served, path)
             self._bind(again)
             self._serve(again)

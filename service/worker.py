@@ -81,7 +81,7 @@ class Worker:
         self.called_s = self._clock()
         try:
             return check(self._encode[kind](data), len(data))
-        except Exception:
+        except Exception:  # whatever it is; who calls tries parts, and fails items one by one
             logger.exception("%s: a batch of %d (%s) failed", self.name, len(data), kind)
             raise
 
