@@ -1,6 +1,6 @@
 """One batch through the model, its momentum copy and the teacher: what the objectives see.
 
-`look` computes, and changes nothing. With several ranks the features of the whole batch are there
+`look` computes, and changes nothing. With several ranks the features of the whole batch may be had
 on each, with gradients; a rank's objectives answer for its `own` rows.
 
 Legend: B own rows, N global batch, E embedding, T text tokens.
@@ -8,6 +8,7 @@ Legend: B own rows, N global batch, E embedding, T text tokens.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -65,9 +66,6 @@ class Step:
     """rows of each rank"""
     encoded: Encoded
     """without caption_logits, which are large"""
-    image: Tensor
-    text: Tensor
-    """(N, E), unit length, with the gradients of all ranks"""
     groups: Tensor
     """(N, 3): equal numbers in a column are the same picture, caption or label"""
     scale: Tensor
@@ -82,6 +80,17 @@ class Step:
     """of a network with a decoder: sums over own words, one for each part of the batch"""
     reports: dict[str, Tensor] = field(default_factory=dict)
     """numbers for the log beside the losses: each rank's share of a sum"""
+
+    @cached_property
+    def image(self) -> Tensor:
+        """(N, E), unit length, with the gradients of all ranks; gathered when first asked for,
+        which all ranks have to do."""
+        return self.world.gather(self.encoded.image, self.counts)
+
+    @cached_property
+    def text(self) -> Tensor:
+        """Likewise."""
+        return self.world.gather(self.encoded.text, self.counts)
 
     @property
     def own(self) -> slice:
@@ -136,8 +145,6 @@ def look(
         batch,
         counts,
         encoded,
-        image=world.gather(encoded.image, counts),
-        text=world.gather(encoded.text, counts),
         groups=groups,
         scale=model.logit_scale,
         bias=model.logit_bias,
@@ -210,7 +217,7 @@ def ask_teacher(step: Step, teacher: Model) -> tuple[Tensor, Tensor]:
     computes in the dtype that was found good enough for it.
     """
     if not step.batch.samples:  # towers want a row
-        nothing = step.image.new_zeros(0, teacher.embed_dim)
+        nothing = step.encoded.image.new_zeros(0, teacher.embed_dim)
         return nothing, nothing
     tokens = teacher.tokenizer(step.batch.captions)
     ids = tokens.cut() if teacher.can_cut_text else tokens.ids

@@ -1,8 +1,8 @@
 """What outlives a step: the momentum twin of a network, and a queue of its features.
 
-MoCo (arXiv:1911.05722, section 3.2) and ALBEF (arXiv:2107.07651, section 3.2). The loop owns both,
-and calls `Twin.update` before the twin encodes a batch and `FeatureQueue.push` after the backward
-pass. Every rank holds the same twin and the same queue, because all ranks do the same to them.
+MoCo (arXiv:1911.05722, section 3.2) and ALBEF (arXiv:2107.07651, section 3.2). A step calls
+`Twin.update` and `FeatureQueue.push` behind the optimizer (training/step.py). Every rank holds the
+same twin and the same queue, because all ranks do the same to them.
 
 Legend: B rows of a batch, K queue size, E embedding, G groups.
 """

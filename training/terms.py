@@ -22,6 +22,7 @@ from training.networks import method_of
 from training.objectives.captioning import caption_tokens
 from training.objectives.contrastive import contrastive_loss
 from training.objectives.distillation import affinity_distillation_loss, feature_distillation_loss
+from training.objectives.exact import in_float32
 from training.objectives.masked_language import mask_tokens, masked_language_loss
 from training.objectives.matching import count_right, draw_negatives, matching_loss
 from training.objectives.momentum_contrast import momentum_contrast_loss
@@ -75,9 +76,9 @@ def _matching(objective: kinds.Matching, step: Step) -> Tensor:
     picture_of, has_picture = _draw(objective, step, step.text, seen.image, columns)
     text_of, has_text = _draw(objective, step, step.image, seen.text, columns)
     found = step.count(int(has_picture.sum() + has_text.sum()))
-    step.reports["matching/skipped"] = images.new_tensor(not found) / step.world.size
-    if not found:
-        return images.sum() * 0 + texts.sum() * 0  # every rank's graph is still the same
+    step.reports["matching/skipped"] = step.scale.new_tensor(not found) / step.world.size
+    if not found:  # every rank's graph is still the same
+        return images[:0].float().sum() + texts[:0].float().sum()
     pairs = torch.arange(len(ids), device=ids.device)
     if objective.negatives == "batch":
         pairs = pairs[own]
@@ -101,7 +102,7 @@ def _draw(
 ) -> tuple[Tensor, Tensor]:
     """For each own query a hard negative among the keys' `columns`, and whether there is one."""
     noise = step.noise(step.size, step.size)[step.own, columns]
-    with torch.no_grad(), torch.autocast(queries.device.type, enabled=False):
+    with torch.no_grad(), in_float32(queries.device):
         similarity = step.scale * queries[step.own].float() @ keys[columns].float().T
         groups = step.same(objective.positives)
         if groups is None:  # then only its own partner is a positive
@@ -189,7 +190,7 @@ def _distillation(objective: kinds.Distillation, step: Step) -> Tensor:
     assert teacher is not None
     known = ask_teacher(step, teacher)
     own = (step.encoded.image, step.encoded.text)
-    loss = step.image.new_zeros(())
+    loss = step.encoded.image.new_zeros(())
     if objective.features:
         names = ("distill_image", "distill_text")
         mapped = [heads[n](x) if n in heads else x for n, x in zip(names, own, strict=True)]

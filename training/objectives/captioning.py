@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from training.objectives.exact import in_float32
+
 
 def captioning_loss(logits: Tensor, targets: Tensor, pad_id: int, total: int) -> Tensor:
     """CoCa's L_Cap (arXiv:2205.01917, equation 3), the mean over the batch's words.
@@ -20,7 +22,7 @@ def captioning_loss(logits: Tensor, targets: Tensor, pad_id: int, total: int) ->
     an exclamation mark that stands before a rare run of signs.
     """
     is_word = targets != pad_id
-    with torch.autocast(logits.device.type, enabled=False):
+    with in_float32(logits.device):
         # Words only: captions are short, and a row of float32 logits is 200 kB.
         words = logits[is_word]  # (words, V)
         words = words.to(torch.promote_types(words.dtype, torch.float32))

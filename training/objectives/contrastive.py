@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from training.objectives.exact import in_float32
 from training.objectives.positives import average_positives, find_positives
 
 
@@ -43,7 +44,7 @@ def contrastive_loss(
     """
     own = slice(None) if own is None else own
     size, exact = len(image), torch.promote_types(image.dtype, torch.float32)
-    with torch.autocast(image.device.type, enabled=False):
+    with in_float32(image.device):
         text = text.to(exact)
         image = scale.to(exact) * image.to(exact)  # so the product is the logits
         if tile_size is None:
@@ -126,7 +127,8 @@ class _Excess(torch.autograd.Function):
         queries, keys, by_row, by_column = ctx.saved_tensors  # log-sum-exps of the logits
         to_queries, to_keys = torch.zeros_like(queries), torch.zeros_like(keys)
         for rows, columns in _tiles(len(queries), len(keys), ctx.tile_size):
-            logits = queries[rows] @ keys[columns].T
+            with in_float32(queries.device):
+                logits = queries[rows] @ keys[columns].T
             softmax = (logits - by_row[rows, None]).exp_()
             if len(by_column):
                 softmax += logits.sub_(by_column[columns]).exp_()

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from training.objectives.exact import in_float32
+
 
 def feature_distillation_loss(student: Tensor, teacher: Tensor, total: int) -> Tensor:
     """Squared distance of the student's directions from the teacher's: |s - t|^2 = 2 - 2 cos(s, t).
@@ -20,7 +22,7 @@ def feature_distillation_loss(student: Tensor, teacher: Tensor, total: int) -> T
     student's with a linear layer first. Returns () the sum over own rows / `total`, the rows of all
     ranks. From 0 to 4.
     """
-    with torch.autocast(student.device.type, enabled=False):
+    with in_float32(student.device):
         difference = _unit(student) - _unit(teacher.detach())
         return difference.square().sum() / total
 
@@ -42,7 +44,7 @@ def affinity_distillation_loss(
     entropy of the teacher's answers, not 0. Images and texts: (N, E), unit length, the student's
     and the teacher's each of their own E; scales: () are exp(log-temperature). Returns () in nats.
     """
-    with torch.autocast(student_image.device.type, enabled=False):
+    with in_float32(student_image.device):
         rows = slice(None) if own is None else own
         student = _exact(student_image), _exact(student_text)
         teacher = _exact(teacher_image.detach()), _exact(teacher_text.detach())

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from training.objectives.exact import in_float32
 from training.objectives.positives import find_positives
 
 
@@ -44,7 +45,7 @@ def momentum_contrast_loss(
     size = len(twin_image)
     rows = torch.arange(size, device=image.device)[own]
     positives = _find_targets(rows, size + len(queue_image), groups, queue_groups)
-    with torch.autocast(image.device.type, enabled=False):
+    with in_float32(image.device):
         scale = scale.to(torch.promote_types(image.dtype, torch.float32))
         hard = positives.to(scale.dtype) / positives.sum(dim=1, keepdim=True)  # (B, N + K)
         i2t = _direct(image, twin_image[own], (twin_text, queue_text), hard, alpha, scale)

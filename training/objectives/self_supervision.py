@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from training.distributed import ALONE, World
+from training.objectives.exact import in_float32
 
 
 def simclr_loss(
@@ -33,7 +34,7 @@ def simclr_loss(
     the cosine and k runs over both views of all N pictures. first, second: (N, E), of any length.
     Returns () in nats; ln(2N - 1) for rows without information.
     """
-    with torch.autocast(first.device.type, enabled=False):
+    with in_float32(first.device):
         count = len(first)
         views = F.normalize(torch.stack([_exact(first), _exact(second)]), dim=-1)  # (2, N, E)
         own = slice(None) if own is None else own
@@ -54,7 +55,7 @@ def barlow_twins_loss(
     the published code, features are normalised as batch norm does, with its epsilon of 1e-5.
     first, second: (N, E).
     """
-    with torch.autocast(first.device.type, enabled=False):
+    with in_float32(first.device):
         first, second = (_standardise(_exact(view)) for view in (first, second))
         correlation = first.T @ second / len(first)  # (E, E)
         diagonal = correlation.diagonal()
@@ -80,7 +81,7 @@ def vicreg_loss(
     Equation 5 sums the difference over E; algorithm 1 takes the mean, for which the weights are
     meant. The published code also halves the variance term. first, second: (N, E).
     """
-    with torch.autocast(first.device.type, enabled=False):
+    with in_float32(first.device):
         first, second = _exact(first), _exact(second)
         loss = invariance * F.mse_loss(first, second)
         for view in (first, second):
@@ -96,7 +97,7 @@ def simsiam_loss(first: Tensor, second: Tensor, *, own: slice | None = None) -> 
     (N, 2E) projections z, then predictions p, as `PredictingHead` gives them. From -1 to 1.
     """
     count = len(first)
-    with torch.autocast(first.device.type, enabled=False):
+    with in_float32(first.device):
         rows = slice(None) if own is None else own
         (z1, p1), (z2, p2) = (_exact(view[rows]).chunk(2, dim=1) for view in (first, second))
         agreement = F.cosine_similarity(p1, z2.detach()) + F.cosine_similarity(p2, z1.detach())
@@ -166,7 +167,7 @@ class BatchNorm(nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:
         """(B, D) -> (B, D) float32."""
-        with torch.autocast(rows.device.type, enabled=False):
+        with in_float32(rows.device):
             rows = _exact(rows)
             mean, variance = self._statistics(rows)
             return (rows - mean) * (variance + self._eps).rsqrt() * self.weight + self.bias
@@ -195,9 +196,8 @@ class ImageSelfSupervision:
     """What a method brings; another method is another entry of `build_method`.
 
     One row holds all that the loss wants to know of a view, side by side (SimSiam: projection, then
-    prediction). So a method with a momentum twin (BYOL, MoCo v3, DINO) fits in too: training
-    appends to each row the one that a `training.momentum.Twin` of tower and head gives for the same
-    view, without gradient, and the loss takes them apart.
+    prediction). A method with a momentum twin (BYOL, MoCo v3, DINO) would have the twin's row there
+    as well; nothing builds a `training.momentum.Twin` of tower and head yet.
     """
 
     build_head: Callable[[int, int, int, World], nn.Module]

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from training.objectives.exact import in_float32
 from training.objectives.positives import find_positives
 
 
@@ -71,7 +72,7 @@ def sigmoid_ring_loss(
     exact = torch.promote_types(image.dtype, torch.float32)
     groups = torch.arange(total, device=image.device)[:, None] if groups is None else groups
     loss = image.new_zeros((), dtype=exact)
-    with torch.autocast(image.device.type, enabled=False):
+    with in_float32(image.device):
         scaled = scale.to(exact) * image.to(exact)
         for places, text in blocks:
             inputs = (scaled, text.to(exact), bias.to(exact), groups[own], groups[places])
@@ -103,6 +104,7 @@ def _sum_chunks(
 
 def _sum_pairs(image: Tensor, text: Tensor, bias: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """-log sigmoid(y (image @ text.T + bias)), summed; rows (B, G) and columns (C, G) make y."""
-    logits = image @ text.T + bias  # (B, C)
+    with in_float32(image.device):  # in chunks they are made again in the backward
+        logits = image @ text.T + bias  # (B, C)
     signed = torch.where(find_positives(rows, columns), logits, -logits)
     return -F.logsigmoid(signed).sum()
