@@ -9,12 +9,13 @@ tokens, T text tokens, D width.
 
 from collections.abc import Iterable, Iterator
 from itertools import groupby, zip_longest
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from clipserve.config import RerankScore
 from clipserve.decoding import open_decoded
 from clipserve.embed import batched, to_numpy
 from clipserve.errors import ConfigError
@@ -90,6 +91,12 @@ def check_fusion(model: "Model") -> None:
             " use embed_images and embed_texts, or a model trained with the preset albef_tiny or"
             " albef_vit_b16"
         )
+
+
+def check_score(score: str) -> None:
+    """ConfigError for what pairs cannot be ordered by."""
+    if score not in get_args(RerankScore):
+        raise ConfigError(f"unknown score {score!r}; use {' or '.join(get_args(RerankScore))}")
 
 
 def _batches(pairs: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -12,7 +12,6 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import get_args
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from clipserve.config import RerankScore
 from clipserve.embed import batched, to_numpy
 from clipserve.errors import ConfigError, ImageError
 from clipserve.images import open_image
-from clipserve.match import check_fusion, match_pairs
+from clipserve.match import check_fusion, check_score, match_pairs
 from clipserve.model import Model
 from index.collection import Collection
 from index.search import Hit
@@ -62,8 +61,7 @@ def rerank(
     check_fusion(model)
     if k_test < 1:
         raise ConfigError(f"k_test = {k_test} is not allowed; match at least 1 hit")
-    if score not in get_args(RerankScore):
-        raise ConfigError(f"unknown score {score!r}; use {' or '.join(get_args(RerankScore))}")
+    check_score(score)
     if len(texts) != len(hits):
         raise ConfigError(f"{len(texts)} texts for {len(hits)} lists of hits; give one for each")
     started = time.monotonic()

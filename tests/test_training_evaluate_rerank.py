@@ -1,6 +1,6 @@
 import tracemalloc
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 import pytest
@@ -169,7 +169,7 @@ def test_the_cosine_decides_between_equal_logits_only_where_it_is_added(
 ) -> None:
     gallery = make_gallery()
     equal = np.zeros(truth(gallery).shape)
-    assert reranked(monkeypatch, model, gallery, equal, 1000, True) == plain(gallery)
+    assert reranked(monkeypatch, model, gallery, equal, 1000, "matching+cosine") == plain(gallery)
     assert reranked(monkeypatch, model, gallery, equal, 1000)["mean_r1"] == 0
 
 
@@ -285,11 +285,17 @@ def test_cosines_of_many_pairs_take_little_memory(monkeypatch: pytest.MonkeyPatc
     assert peak < 2_000_000
 
 
+def test_an_unknown_score_is_refused(model: Model, shards: ShardSet) -> None:
+    gallery = embed_shards(model, shards)
+    with pytest.raises(ConfigError, match="unknown score 'cosine'; use matching or"):
+        evaluate_reranked(model, shards, gallery, 4, cast(Any, "cosine"))
+
+
 def test_both_stages_are_told_side_by_side(model: Model, shards: ShardSet) -> None:
     scores = evaluate_retrieval(model, shards, "val/", rerank=4, score="matching+cosine")
     gallery = embed_shards(model, shards)
     first = recalls_of(gallery.images, gallery.texts, gallery.text_of, "val/")
-    second = evaluate_reranked(model, shards, gallery, 4, True, "val/reranked_")
+    second = evaluate_reranked(model, shards, gallery, 4, "matching+cosine", "val/reranked_")
     assert scores == first | second
     assert len(scores) == 18
     report = evaluate(

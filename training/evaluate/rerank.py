@@ -17,7 +17,7 @@ from torch import Tensor
 
 from clipserve.config import RerankScore
 from clipserve.embed import batched, to_numpy
-from clipserve.match import check_fusion, match_pairs
+from clipserve.match import check_fusion, check_score, match_pairs
 from clipserve.metrics import ranks_of_best, recalls
 from clipserve.model import Model
 from clipserve.shards import ShardSet
@@ -45,10 +45,11 @@ def evaluate_reranked(
     The first k by cosine (all, where there are fewer) are ordered by `score`: the logit of a match
     (ALBEF), its sum with the cosine (LAVIS), or with the contrastive logit, the model's scale times
     the cosine. The last takes both answers as evidence, which helps while matching is the weaker.
-    What comes after them stays where it was. ConfigError for a model without fusion layers. Ranks
-    but the first only help with the matching.
+    What comes after them stays where it was. ConfigError for a model without fusion layers, or
+    another score. Ranks but the first only help with the matching.
     """
     check_fusion(model)
+    check_score(score)
     texts_of = _nearest(gallery.images, gallery.texts, k)
     images_of = _nearest(gallery.texts, gallery.images, k)
     num_texts = len(gallery.texts)
