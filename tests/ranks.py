@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import socket
 import sys
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -114,6 +115,9 @@ CASES = {
     "SimSiam": Case(clip_table(), [CONTRASTIVE, HEAD | {"name": "simsiam"}]),
     "CoCa": Case(coca_table(), [CONTRASTIVE, {"name": "captioning", "weight": 2.0}]),
 }
+WITHIN = Case(ALBEF, [CONTRASTIVE, MATCHING | {"negatives": "process", "positives": []}])
+"""whose answer depends on the processes: which rows are together in one"""
+WITHIN_SIZES = (2, 5)
 
 
 def furnish(folder: Path) -> None:
@@ -146,8 +150,15 @@ def measure(
         for name, p in trained
     }
     if run.networks.queue is not None:
+        check_alike(run.networks.queue, world)
         found |= {f"queue of {name}": rows for name, rows in run.networks.queue.named_buffers()}
     return found
+
+
+def check_alike(module: torch.nn.Module, world: World) -> None:
+    """To the last bit, whichever rank has it."""
+    digest = zlib.crc32(b"".join(rows.numpy().tobytes() for rows in module.buffers()))
+    assert len(set(world.exchange(digest)[:, 0].tolist())) == 1, "ranks have different queues"
 
 
 def whole(tensor: Any) -> Tensor:
@@ -309,6 +320,8 @@ def main(folder: Path, names: list[str]) -> None:
     if names:
         import torch._dynamo.convert_frame
         import torch.distributed.fsdp  # noqa: F401
+    for size in () if names else WITHIN_SIZES:
+        spread(size, lambda world: measure(WITHIN, 5, world, folder), folder / f"within-{size}.pt")
     for size, count in RUNS:
         work = partial(measure_all, names, count, folder)
         spread(size, work, folder / f"{size}-{count}.pt")

@@ -53,8 +53,8 @@ Found = dict[str, dict[str, Tensor]]
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], Found]:
-    """By processes and rows: what each case gave."""
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `ranks` wrote: what each case gave, by processes and rows."""
     folder = tmp_path_factory.mktemp("ranks")
     subprocess.run(
         [sys.executable, str(SCRIPT), str(folder)],
@@ -63,7 +63,12 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], Fou
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "."},
         timeout=600,
     )
-    return {(size, rows): torch.load(folder / f"{size}-{rows}.pt") for size, rows in RUNS}
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(measured: Path) -> dict[tuple[int, int], Found]:
+    return {(size, rows): torch.load(measured / f"{size}-{rows}.pt") for size, rows in RUNS}
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +157,31 @@ def test_alone_negatives_of_the_process_are_those_of_the_batch(folder: Path) -> 
         assert torch.equal(value, both[1][key]), key
 
 
+@pytest.mark.parametrize("size", ranks.WITHIN_SIZES)
+def test_negatives_of_the_process_come_from_its_own_rows(
+    measured: Path, folder: Path, size: int
+) -> None:
+    """As in one process where any two rows of different processes are positives of each other.
+
+    Of five rows on five processes none has a negative, and matching is skipped on all.
+    """
+    case = Case(ALBEF, [CONTRASTIVE, MATCHING | {"positives": ranks.EVERY}])
+    # On two processes rows 0 and 1 are together, and share a number with each of 2, 3 and 4.
+    two = [[0, 10, 20], [1, 11, 21], [0, 12, 21], [1, 10, 22], [2, 11, 20]]
+    groups = torch.tensor(two if size == 2 else [[0, 0, 0]] * 5)
+    run = make_run(case, ALONE, folder)
+    expected = train_step(run, replace(make_batch(run, 5), groups=groups), [5])
+    together = torch.load(measured / f"within-{size}.pt")
+    assert expected["matching/skipped"] == (size == 5)
+    for name in (name for name in expected if "matching" in name):
+        assert together[name].item() == pytest.approx(expected[name].item(), rel=1e-5), name
+    for name, parameter in run.state.model.named_parameters():
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        largest = gradient.abs().max().item()
+        found = together[f"gradient of {name}"]
+        assert torch.allclose(found, gradient, rtol=0, atol=1e-5 * largest + 1e-6), name
+
+
 @pytest.mark.parametrize("negatives", ["process", "batch"])
 def test_matching_is_skipped_and_counted_when_nothing_is_a_negative(
     folder: Path, negatives: str
@@ -179,12 +209,15 @@ def test_matching_works_with_two_rows(folder: Path) -> None:
     assert measured["gradient of network.matching_head.weight"].any()
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("name", CASES)
-def test_bf16_at_the_steepest_temperature_stays_finite(name: str, folder: Path) -> None:
-    run = make_run(CASES[name], ALONE, folder, precision="bf16")
+def test_the_steepest_temperature_stays_finite(name: str, precision: str, folder: Path) -> None:
+    run = make_run(CASES[name], ALONE, folder, precision=precision)
+    run.state.counters.loss_scale = 2.0**6  # so that these small networks' gradients fit into fp16
     with torch.no_grad():
         run.state.model.network.logit_scale.fill_(math.log(100))
     losses = train_step(run, make_batch(run, 5), [5])
+    assert "overflow/skipped" not in losses
     assert all(value.isfinite() for value in losses.values()), losses
     named = [*run.state.model.named_parameters(), *run.networks.heads.named_parameters()]
     for key, parameter in named:
