@@ -257,7 +257,10 @@ def _parse(file: Path) -> IndexInfo:
 def _check_fit(info: IndexInfo, collection: Collection, generation: int) -> None:
     """ValueError says why the index does not belong to the collection."""
     if info.fingerprint != collection.fingerprint:
-        raise ValueError(f"it was built for another model, {info.fingerprint[:12]}")
+        raise ValueError(
+            f"it was built for another model, {info.fingerprint[:12]}, and the collection is of"
+            f" {collection.fingerprint[:12]}"
+        )
     if info.identity != collection.identity or info.generation > generation:
         raise ValueError("it was built from another collection, or from a later state of it")
     if (info.embed_dim, info.dtype) != (collection.embed_dim, collection.dtype.name):

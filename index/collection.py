@@ -142,15 +142,20 @@ class Collection:
         text_vectors: np.ndarray | None = None,
         keep: bool = False,
         unit: Unit | None = None,
+        fingerprint: str | None = None,
     ) -> None:
         """Add items, or replace those whose id is there, all or none; durable when it returns.
 
         vectors (N, E), of pictures, and text_vectors (N, E) are unit vectors; one of the two may be
         missing. keep: a vector or thumbnail that an item has and this does not bring stays with it.
-        `unit` is noted in the same transaction. IndexStoreError, naming the item, for a
+        `unit` is noted in the same transaction. fingerprint: of the model that made the vectors;
+        IndexStoreError, naming both, if the collection is another's. Vectors of the same dimension
+        tell no model, so only None leaves that unchecked. IndexStoreError, naming the item, for a
         vector that is not of unit length, an id that is empty, too long, given twice, "." or "..",
         and metadata that JSON cannot hold; ItemTooLarge; DiskFull.
         """
+        if fingerprint is not None:
+            self.check_model(fingerprint)
         rows = [check_item(item) for item in items]
         check_distinct(items)
         given = {"image": vectors, "text": text_vectors}

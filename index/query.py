@@ -9,7 +9,7 @@ Legend: Q queries, E embedding.
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -17,6 +17,9 @@ from clipserve.errors import ConfigError, IndexStoreError
 from clipserve.images import ImageSource
 from index.collection import Collection
 from index.search import Hit, Searcher
+
+if TYPE_CHECKING:
+    from clipserve.model import ModelInfo
 
 MAX_PARTS = 64
 """texts, pictures, items and vectors of one query"""
@@ -27,6 +30,10 @@ _LEAST_LENGTH = 1e-4
 
 class Encoder(Protocol):
     """What a `clipserve.model.Model` does for a query."""
+
+    @property
+    def info(self) -> "ModelInfo":
+        """Whose fingerprint has to be the collection's."""
 
     def embed_texts(self, texts: Iterable[str]) -> np.ndarray:
         """(N, E) float32 unit vectors."""
@@ -95,13 +102,13 @@ def resolve(
     """(Q, E) float32 unit vectors: each query's weighted sum of unit vectors, to length 1.
 
     All texts are embedded together, and all pictures. `model` may be None if there are neither;
-    an id stands for its item's vector in `field`. ConfigError without a model that is needed,
-    IndexStoreError for an unknown id, a vector without direction or a sum that has none left,
-    ImageError for a bad picture.
+    an id stands for its item's vector in `field`. ConfigError without a model that is needed.
+    IndexStoreError for a model that did not make the collection, an unknown id, a vector without
+    direction, or a sum that has none left; ImageError for a bad picture.
     """
     embedders: dict[str, Callable[[list[Any]], np.ndarray]] = {
-        "texts": lambda texts: _embed_texts(_needed(model), texts),
-        "images": lambda images: _needed(model).embed_images(images),
+        "texts": lambda texts: _embed_texts(_needed(model, collection), texts),
+        "images": lambda images: _needed(model, collection).embed_images(images),
         "ids": lambda ids: _stored(collection, ids, field),
         "vectors": lambda vectors: _given(vectors, collection.embed_dim),
     }
@@ -125,9 +132,12 @@ def resolve(
     return np.asarray(sums / lengths[:, None], dtype=np.float32)
 
 
-def _needed(model: Encoder | None) -> Encoder:
+def _needed(model: Encoder | None, collection: Collection) -> Encoder:
     if model is None:
         raise ConfigError("a query by text or picture needs the collection's model; give it")
+    if model.info.fingerprint is None:
+        raise IndexStoreError("the model has no fingerprint yet; save it and load it from there")
+    collection.check_model(model.info.fingerprint)
     return model
 
 

@@ -333,6 +333,16 @@ def test_a_vector_too_long_to_square_is_refused_quietly(
         collection.upsert([Item("a")], np.full((1, 8), huge))
 
 
+def test_vectors_of_another_model_are_refused_naming_both(tmp_path: Path) -> None:
+    with Collection.create(tmp_path / "pets", **MODEL) as collection:
+        vectors = np.eye(8, dtype=np.float32)[:1]
+        with pytest.raises(IndexStoreError, match=f"{'a' * 12}, not by .* {'b' * 12}"):
+            collection.upsert([Item("1")], vectors, fingerprint="b" * 64)
+        assert collection.count() == 0
+        collection.upsert([Item("1")], vectors, fingerprint=MODEL["fingerprint"])
+        assert collection.count() == 1
+
+
 def test_an_existing_collection_is_not_created_again(tmp_path: Path) -> None:
     Collection.create(tmp_path / "pets", **MODEL).close()
     with pytest.raises(IndexStoreError, match="holds a collection already"):

@@ -7,6 +7,7 @@ from conftest import make_picture
 
 from clipserve.errors import ConfigError, IndexStoreError
 from clipserve.images import ImageSource
+from clipserve.model import ModelInfo
 from index.collection import Collection
 from index.items import Item
 from index.query import MAX_PARTS, Query, answer, resolve
@@ -19,7 +20,8 @@ WORDS = np.eye(DIM, dtype=np.float32)
 class Encoder:
     """The text "3" is axis 3, a picture of width w axis w; counts its calls."""
 
-    def __init__(self) -> None:
+    def __init__(self, fingerprint: str | None = "a" * 64) -> None:
+        self.info = ModelInfo(fingerprint=fingerprint)
         self.calls: list[list[object]] = []
 
     def embed_texts(self, texts: Iterable[str]) -> np.ndarray:
@@ -57,6 +59,21 @@ def test_a_query_is_the_weighted_sum_of_its_parts_at_unit_length(collection: Col
     found = resolve(Encoder(), collection, [query, Query(texts=[("5", 7)])])
     assert found.dtype == np.float32
     assert np.allclose(found, [unit(2, -1, 0.5, 3, 1), WORDS[5]], atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("fingerprint", "says"),
+    [("b" * 64, f"{'a' * 12}, not by .*{'b' * 12}"), (None, "no fingerprint yet; save it")],
+)
+def test_another_model_of_the_same_dimension_is_refused_naming_both(
+    collection: Collection, fingerprint: str | None, says: str
+) -> None:
+    other = Encoder(fingerprint)
+    for query in (Query(texts=[("0", 1)]), Query(images=[(make_picture(width=2), 1)])):
+        with pytest.raises(IndexStoreError, match=says):
+            resolve(other, collection, [query])
+    assert other.calls == []
+    resolve(other, collection, [Query(ids=[("3", 1)])])  # asks no model
 
 
 def test_all_texts_are_embedded_in_one_call_and_each_once(collection: Collection) -> None:
