@@ -23,7 +23,7 @@ from index.cache import Writer, read_info, read_queries
 from index.choose import EXACT_LIMIT, choose
 from index.collection import Collection, directory_lock
 from index.info import Asked, IndexInfo
-from index.tune import MAX_QUERIES, NUM_QUERIES, blocks, gather, noisy_copies, tune
+from index.tune import MAX_QUERIES, NUM_QUERIES, blocks, gather, held_out, noisy_copies, tune
 
 __all__ = ["EXACT_LIMIT", "RECALL_TARGET", "IndexInfo", "build", "read_info", "rebuild"]
 
@@ -35,8 +35,8 @@ RECALL_TARGET = 0.95
 _TRAINING_PER_LIST = 50
 _LEAST_TRAINING = 50_000
 """vectors, for the codes, where there are few lists or none"""
-_LEAST_TEXTS = 32
-"""of the collection's own, to be tuned with them"""
+_LEAST_QUERIES = 32
+"""of which a recall tells more than of noisy copies"""
 _SEED = 0
 _TAKES_LISTS = (faiss.IndexIVFFlat, faiss.IndexIVFScalarQuantizer, faiss.IndexIVFRaBitQ)
 """IVF kinds that add vectors whose lists are known"""
@@ -57,9 +57,10 @@ def build(
 
     kind, exact_limit and memory_bytes are as for `choose`. It is tuned to the recall target with
     queries (Q, E) as people ask them; without, with the collection's text vectors if `field` is
-    "image" and there are some, else with noisy copies of its vectors. Writers and searches go on
-    meanwhile. IndexStoreError if another process is building, or nothing can be written; the old
-    index stays then. ConfigError if it cannot be built as asked for.
+    "image" and there are some. Those that are stored vectors are left out; if that leaves too few,
+    it is tuned with noisy copies of stored vectors. Writers and searches go on meanwhile.
+    IndexStoreError if another process is building, or nothing can be written; the old index stays
+    then. ConfigError if it cannot be built as asked for.
     """
     if queries is not None:
         queries = _check_queries(queries, collection.embed_dim)
@@ -202,13 +203,7 @@ def _tune(
     random: np.random.Generator,
 ) -> IndexInfo:
     """`info` with what was measured, with the best queries there are."""
-    if queries is not None:
-        asked = f"{len(queries)} given queries"
-    elif texts is not None:
-        queries, asked = texts, f"{len(texts)} text vectors of the collection"
-    else:
-        queries = noisy_copies(_sample(vectors, NUM_QUERIES, random), random)
-        asked = f"{len(queries)} noisy copies of stored vectors"
+    queries, asked = _best_queries(vectors, queries, texts, random)
     tuning = tune(index, vectors, queries, info.recall_target)
     k, point = next(iter(tuning.tuned.items()))
     reason = (
@@ -229,9 +224,29 @@ def _tune(
     )
 
 
+def _best_queries(
+    vectors: np.ndarray,
+    given: np.ndarray | None,
+    texts: np.ndarray | None,
+    random: np.random.Generator,
+) -> tuple[np.ndarray, str]:
+    """What to tune with, and how to call it: no stored vectors, if that leaves enough others."""
+    best, what = given, "given queries"
+    if best is None:
+        best, what = texts, "text vectors of the collection"
+    if best is not None:
+        others = held_out(best, vectors)
+        if len(others) == len(best):
+            return best, f"{len(best)} {what}"
+        if len(others) >= _LEAST_QUERIES:
+            return others, f"{len(others)} of {len(best)} {what}, which are no stored vectors"
+    noisy = noisy_copies(_sample(vectors, NUM_QUERIES, random), random)
+    return noisy, f"{len(noisy)} noisy copies of stored vectors"
+
+
 def _own_texts(collection: Collection) -> np.ndarray | None:
     rowids = collection.rowids("text")
-    if len(rowids) < _LEAST_TEXTS:
+    if len(rowids) < _LEAST_QUERIES:
         return None
     random = np.random.default_rng(_SEED)
     drawn = random.choice(rowids, min(MAX_QUERIES, len(rowids)), replace=False)

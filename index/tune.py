@@ -44,6 +44,8 @@ _CANDIDATES = 2**20
 """of all queries together, that one measurement may look at: 8 bytes each, and four of a score"""
 _EVER_MORE = 0.0005
 """less gained by twice the breadth: what is missed is lost in the codes"""
+_ITSELF = 0.9999
+"""a cosine: the same text or picture, however it was computed and stored"""
 _CLOSE = 1e-6
 """of scores: a candidate as good as the last of the true best is as right"""
 _ROWS_AT_A_TIME = 65536
@@ -61,7 +63,7 @@ class Tuning:
 def tune(index: Any, vectors: np.ndarray, queries: np.ndarray, target: float) -> Tuning:
     """Measure a FAISS index, which has the vectors (N, E) at their positions.
 
-    queries (Q, E) float32 of unit length, none of them a stored vector.
+    queries (Q, E) float32 of unit length, `held_out` from the vectors.
     """
     backend = FaissBackend(index)
     queries = np.ascontiguousarray(queries[:MAX_QUERIES], dtype=np.float32)
@@ -102,11 +104,17 @@ def exact_scores(
     return bests
 
 
-def noisy_copies(vectors: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """Queries at a cosine of about 0.7 to stored vectors, for want of better ones.
+def held_out(queries: np.ndarray, vectors: np.ndarray) -> np.ndarray:
+    """The queries (Q, E) that are no stored vector, as a caption that is embedded again would be.
 
-    A stored vector as its own query would always find itself.
+    A stored vector as its own query always finds itself, and so more than others do.
     """
+    (nearest,) = exact_scores(vectors, np.ascontiguousarray(queries), 1, [None])
+    return queries[nearest[:, 0] < _ITSELF]
+
+
+def noisy_copies(vectors: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Queries at a cosine of about 0.7 to stored vectors, for want of better ones."""
     noise = random.standard_normal(vectors.shape, dtype=np.float32)
     noise /= np.linalg.norm(noise, axis=1, keepdims=True)
     queries = vectors + noise

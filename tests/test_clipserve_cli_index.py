@@ -223,6 +223,8 @@ def test_captions_of_the_collection_tune_its_index(run: Run, items: Path, model_
     assert built["kind"] == "IVF2,SQ8"
     assert "12" in built["queries"]
     assert built["tuned"]["10"]["recall"] >= 0.9
+    texts = run(*build, "--model", model_dir, "--field", "text", "--json").json
+    assert texts["queries"] == "12 noisy copies of stored vectors"  # captions are what is stored
     shown = run("index", "info", items).out
     assert "recall target 0.9" in shown
     header, *table = shown[shown.index("recall target") :].splitlines()[1:]

@@ -20,7 +20,9 @@ from index.backends.faiss_cpu import FaissBackend
 from index.build import read_info
 from index.cache import folder, read, read_queries
 from index.collection import Collection, Item, directory_lock
+from index.filters import parse
 from index.info import IndexInfo
+from index.search import Searcher
 
 build = functools.partial(build_module.build, threads=1)
 rebuild = functools.partial(build_module.rebuild, threads=1)
@@ -131,6 +133,36 @@ def test_every_kind_finds_what_it_says_it_finds(collection: Collection, kind: st
     assert recall >= 0.95 or "out of reach" in info.reason
 
 
+@pytest.mark.parametrize(
+    "kind",
+    ["IVF16,SQ8", "IVF16,PQ8x4fs", "IVF16,PQ4x4fs", "IVF16,RaBitQ", "HNSW32,Flat", "HNSW32,SQ8"],
+)
+def test_no_kind_finds_what_is_deleted_or_filtered_out(
+    collection: Collection, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("index.rank.SCAN_ROWS", 0)  # so that the index is asked
+    vectors, queries = clustered(2000), clustered(50, seed=1)
+    numbers = np.arange(2000)
+    items = [Item(f"{n:04d}", metadata={"n": n % 10}) for n in numbers.tolist()]
+    collection.upsert(items, vectors)
+    build(collection, kind=kind, queries=clustered(300, seed=2))
+    for dead in (numbers < 40, numbers % 4 == 0):  # the first are met, the others masked
+        collection.delete([items[n].id for n in np.flatnonzero(dead)])
+        with Searcher(collection.path, device="cpu") as searcher:
+            assert searcher.info
+            assert searcher.info.kind == kind
+            for most in (10, 5, 1):
+                allowed = (numbers >= 40) & ~dead & (numbers % 10 < most)
+                filter = parse({"n": {"lt": most}}) if most < 10 else None
+                answers = searcher.search(queries, filter=filter)
+                found = np.array([[int(hit.id) for hit in hits] for hits in answers])
+                assert found.shape == (50, 10)
+                assert allowed[found].all()
+                exact = np.argsort(-np.where(allowed, queries @ vectors.T, -2), axis=1)[:, :10]
+                pairs = zip(exact, found, strict=True)
+                assert np.mean([np.isin(*pair).mean() for pair in pairs]) >= 0.9
+
+
 def test_a_target_that_is_out_of_reach_is_said(
     collection: Collection, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -157,6 +189,22 @@ def test_it_is_tuned_with_the_texts_of_the_collection(tmp_path: Path) -> None:
         assert info.queries == "256 noisy copies of stored vectors"
         assert read_info(made.path, "text") == info
         assert read_info(made.path, "image") != info
+
+
+def test_it_is_not_tuned_with_what_is_stored(tmp_path: Path) -> None:
+    """A caption that is embedded again, or that stands for its picture, would find itself."""
+    stored, others = clustered(500), clustered(40, seed=2)
+    with Collection.create(
+        tmp_path / "c", fingerprint="a" * 64, model_name="t", embed_dim=16
+    ) as made:
+        made.upsert([Item(str(i)) for i in range(500)], stored, text_vectors=stored)
+        noisy = "256 noisy copies of stored vectors"
+        assert build(made, kind="IVF8,SQ8").queries == noisy
+        assert build(made, kind="IVF8,SQ8", queries=stored[:100], field="text").queries == noisy
+        mixed = np.concatenate([stored[:60], others])
+        info = build(made, kind="IVF8,SQ8", queries=mixed)
+        assert info.queries == "40 of 100 given queries, which are no stored vectors"
+        assert rebuild(made).queries == info.queries
 
 
 def test_a_rebuild_decides_as_it_was_asked_to(collection: Collection) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from index import tune
 from index.info import Point
-from index.tune import exact_scores, noisy_copies
+from index.tune import exact_scores, held_out, noisy_copies
 
 
 @pytest.fixture(autouse=True)
@@ -160,6 +160,14 @@ def test_a_mapped_file_that_was_gone_through_takes_no_memory(tmp_path: Path) -> 
     resident = next(line for line in lines[start:] if line.startswith("Rss:"))
     assert int(resident.split()[1]) < 100  # kB
     assert np.array_equal(vectors[:3], unit(60000)[:3])
+
+
+def test_stored_vectors_are_no_queries() -> None:
+    vectors = unit(200, dim=64)
+    others = unit(5, dim=64, seed=1)
+    again = vectors[[3, 7]].astype(np.float16).astype(np.float32)
+    queries = np.concatenate([others[:2], again, others[2:]])
+    assert np.array_equal(held_out(queries, vectors), others)
 
 
 def test_noisy_copies_are_off_their_vectors() -> None:

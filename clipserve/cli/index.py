@@ -54,7 +54,7 @@ def build(
     with Collection.open(collection) as opened:
         queries = None
         if model:
-            queries = _caption_vectors(opened, load_for(collection, model, device, dtype))
+            queries = _caption_vectors(opened, field, load_for(collection, model, device, dtype))
         built = build_index(
             opened,
             kind=kind,
@@ -202,14 +202,14 @@ def snapshot(
     print_json({"out": str(out)}) if as_json else print_line(f"written: {out}")
 
 
-def _caption_vectors(collection: "Collection", model: "Model") -> "np.ndarray":
+def _caption_vectors(collection: "Collection", field: str, model: "Model") -> "np.ndarray":
     """Text queries (Q, E) float32 as people may ask them: distinct captions, drawn at random."""
     import numpy as np
 
     from index.tune import MAX_QUERIES
 
     with collection.snapshot():
-        drawn = np.random.default_rng(_SEED).permutation(collection.rowids())[:MAX_QUERIES]
+        drawn = np.random.default_rng(_SEED).permutation(collection.rowids(field))[:MAX_QUERIES]
         items = collection.items_of(drawn)
     captions = [items[rowid].caption.split(" | ")[0].strip() for rowid in drawn.tolist()]
     distinct = [caption for caption in dict.fromkeys(captions) if caption]
