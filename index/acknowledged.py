@@ -32,9 +32,22 @@ def read(path: Path, identity: str) -> int:
             fcntl.flock(file, fcntl.LOCK_SH)  # not in the middle of a write
             return _parse(file.read(), identity)
     except FileNotFoundError:
-        raise _unknown("is missing; was the collection copied without it?") from None
+        raise IndexStoreError(
+            f"the file {ACKNOWLEDGED!r} is missing; was the collection copied without it, and"
+            " without its newest writes? Nobody can tell: restore a snapshot, or take the"
+            " collection as it is: clipserve index check DIR --accept-loss"
+        ) from None
     except OSError as error:
         raise IndexStoreError(f"{path / ACKNOWLEDGED} cannot be read: {error.strerror}") from error
+
+
+def promised(path: Path) -> int:
+    """The generation promised at `path`, of whatever collection; 0 if nothing there tells one."""
+    try:
+        data = (path / ACKNOWLEDGED).read_bytes()
+        return _parse(data, data[12:28].hex())
+    except (OSError, IndexStoreError):
+        return 0
 
 
 def advance(path: Path, identity: str, generation: int) -> None:

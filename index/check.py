@@ -21,6 +21,7 @@ import numpy as np
 from clipserve.errors import ClipserveError, IndexStoreError
 from clipserve.files import sha256
 from index import acknowledged, cache
+from index.acknowledged import ACKNOWLEDGED
 from index.build import rebuild
 from index.collection import BLOCK_ROWS, FIELDS, REMEMBERED_WRITES, Collection
 from index.database import DATABASE, Database, is_writable
@@ -96,7 +97,7 @@ class _Check:
                 generation = _start_anew(database)
             self._write_promise(generation)
             self.repaired.append(f"{problem.split(';')[0]}: accepted")
-        elif not _is_readable(database) and self.repair:
+        elif self.repair and _is_damaged(database):
             self._write_promise(database.generation())
             self.repaired.append(f"{problem.split(';')[0]}; what is there was taken for all")
         else:
@@ -305,13 +306,16 @@ def _is_item(id: str, caption: str, source: str, metadata: str) -> bool:
         return False
 
 
-def _is_readable(database: Database) -> bool:
-    """Whether the note of the last promised write is whole."""
+def _is_damaged(database: Database) -> bool:
+    """Whether the note of the last promised write is there, but tells nothing.
+
+    Where it is missing the log may be as well: who copies the database alone leaves both.
+    """
     try:
         acknowledged.read(database.path, database.identity)
     except IndexStoreError:
-        return False
-    return True
+        return (database.path / ACKNOWLEDGED).exists()
+    return False
 
 
 def _start_anew(database: Database) -> int:

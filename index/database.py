@@ -280,6 +280,11 @@ def create(path: Path, schema: Sequence[str], meta: Mapping[str, Any]) -> bool:
     with directory_lock(path, ".create.lock", wait=True), store_errors(str(path)):
         if _has_tables(path):
             return False
+        if promised := acknowledged.promised(path):
+            raise IndexStoreError(
+                f"{path} has lost its {DATABASE}, to which {promised} writes were acknowledged;"
+                f" restore a snapshot, or remove {path} to begin anew"
+            )
         identity = uuid.uuid4().hex
         try:
             acknowledged.write(path, identity, 0)

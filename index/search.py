@@ -20,7 +20,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from clipserve.errors import IndexStoreError
+from clipserve.errors import CollectionClosed, IndexStoreError
 from index import cache
 from index.backends import resolve_device
 from index.choose import EXACT_LIMIT
@@ -258,6 +258,17 @@ class Searcher:
             return
         try:
             self._load_index()
+        except CollectionClosed:
+            raise
+        except Exception:
+            # Such as a GPU or a memory without room for both: the one in use answers as before.
+            logger.exception(
+                "the new %s index of collection %r cannot be loaded; searches go on with the old"
+                " one, until another is built",
+                self.field,
+                self.collection.name,
+            )
+            self._stamp = stamp
         finally:
             self._loading.release()
 

@@ -167,11 +167,20 @@ def test_acknowledged_writes_that_are_missing_are_a_problem_until_accepted(path:
         assert collection.rowids()[-1] > 2**32
 
 
-@pytest.mark.parametrize("damage", [lambda file: file.unlink(), lambda file: flip(file, 5)])
-def test_a_note_of_the_last_write_that_cannot_be_read_is_written_again(
-    path: Path, damage: Callable[[Path], None]
-) -> None:
-    damage(path / ACKNOWLEDGED)
+def test_a_copy_of_the_database_alone_is_not_taken_for_all_unasked(path: Path) -> None:
+    (path / ACKNOWLEDGED).unlink()
+    for _ in range(2):
+        (problem,) = check(path).problems
+        assert "'acknowledged' is missing" in problem
+        assert problem.endswith("clipserve index check DIR --accept-loss")
+    report = check(path, accept_loss=True)
+    assert report.problems == []
+    assert report.repaired[0].endswith("accepted")
+    assert check(path).repaired == check(path).problems == []
+
+
+def test_a_note_of_the_last_write_that_is_damaged_is_written_again(path: Path) -> None:
+    flip(path / ACKNOWLEDGED, 5)
     assert "'acknowledged' is" in check(path, repair=False).problems[0]
     report = check(path)
     assert report.problems == []

@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -433,6 +434,25 @@ def test_a_note_of_the_last_write_that_cannot_be_used_is_named(
     damage(tmp_path / ACKNOWLEDGED)
     with pytest.raises(IndexStoreError, match=f"{says}.*clipserve index check DIR"):
         Collection.open(tmp_path)
+
+
+@pytest.mark.parametrize("damage", [lambda file: file.unlink(), lambda file: file.write_bytes(b"")])
+def test_a_lost_database_is_not_made_anew_over_what_was_promised(
+    tmp_path: Path, damage: Callable[[Path], object]
+) -> None:
+    fill(tmp_path)
+    promised = acknowledged.promised(tmp_path)
+    assert promised > 0
+    for file in tmp_path.glob(f"{DATABASE}-*"):
+        file.unlink()
+    damage(tmp_path / DATABASE)
+    with pytest.raises(IndexStoreError, match=f"{promised} writes were acknowledged; restore"):
+        Collection.open_or_create(tmp_path, **MODEL)
+    assert acknowledged.promised(tmp_path) == promised
+    (tmp_path / ACKNOWLEDGED).unlink()
+    assert acknowledged.promised(tmp_path) == 0
+    with Collection.open_or_create(tmp_path, **MODEL) as collection:
+        assert collection.count() == 0
 
 
 def test_each_write_is_noted_before_it_returns(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from truths import DIM, Truth, clustered, unit
 from clipserve.errors import CollectionClosed, IndexStoreError
 from index import cache, rank
 from index import search as search_module
+from index.acknowledged import ACKNOWLEDGED
 from index.build import build
 from index.collection import Collection
 from index.items import Item
@@ -189,6 +190,32 @@ def test_a_damaged_index_is_named_and_answers_stay_right(
     truth.check(searcher, unit(5, seed=3), 10)
 
 
+def test_an_index_that_cannot_be_loaded_leaves_the_one_in_use(
+    truth: Truth, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    truth.upsert([f"{i}" for i in range(1000)], clustered(1000))
+    first = build(truth.collection, kind="IVF16,SQ8", recall_target=1.1)
+    searcher = truth.searcher()
+    truth.upsert(["new"], unit(1, seed=1))
+    build(truth.collection, kind="IVF8,SQ8")
+    tried: list[None] = []
+
+    def full(*_: object) -> None:
+        tried.append(None)
+        raise MemoryError("no room for both")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("index.view.make_backend", full)
+        for _ in range(3):
+            truth.check(searcher, unit(5, seed=3), 10)
+    assert len(tried) == 1
+    assert "searches go on with the old one" in caplog.text
+    assert searcher.info == first
+    third = build(truth.collection, kind="IVF8,SQ8", recall_target=1.1)
+    truth.check(searcher, unit(5, seed=3), 10)
+    assert searcher.info == third
+
+
 def test_an_index_of_another_collection_or_model_is_ignored(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -197,7 +224,7 @@ def test_an_index_of_another_collection_or_model_is_ignored(
         with Collection.create(path, fingerprint=model, model_name="t", embed_dim=DIM) as old:
             old.upsert([Item(f"{i}") for i in range(500)], unit(500))
             build(old, kind="IVF16,SQ8")
-        for file in path.glob("collection.sqlite3*"):
+        for file in (*path.glob("collection.sqlite3*"), path / ACKNOWLEDGED):
             file.unlink()
         truth = Truth(path)  # made anew, beside the index of the one before
         truth.upsert([f"{i}" for i in range(50)], unit(50, seed=1))
