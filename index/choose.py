@@ -130,7 +130,7 @@ def _automatic(count: int, embed_dim: int, exact_limit: int, budget: int) -> Cho
         return Choice("exact", f"{why} is fast and misses none", exact)
     if exact <= gpu_room():
         why = f"{count:,} vectors take {_size(exact)} and fit on the GPU, which compares them all"
-        return Choice("exact", f"{why} faster than it searches an index", exact)
+        return Choice("exact", f"{why} and misses none", exact)
     refused = ""
     for codes in _automatic_codes(embed_dim):
         kind = f"IVF{_lists(count)},{codes}"

@@ -160,18 +160,19 @@ def _search_base(
     no_limits, sure = np.full(len(queries), -np.inf), np.zeros(len(queries), dtype=bool)
     if is_narrow or fetch >= rows.count or fetch > _FARTHEST:
         return _scan(base, rows, queries, count), no_limits, sure
-    is_starved = sure
     if rows.mask is not None and is_mostly and widening == 1:
         # Few are dead: to meet them costs less than a selector that every row is looked up in.
         asked = math.ceil(fetch * size / rows.count)
         scores, places = backend.search(queries, asked, breadth)
-        is_alive = (places >= 0) & rows.mask[places]
-        is_cut = places[:, -1] >= 0  # else there was no more, as when the breadth was tuned
-        is_starved = is_cut & (is_alive.sum(axis=1) < _ENOUGH * fetch)
-        places = np.where(is_alive, places, -1)
     else:
         scores, places = backend.search(queries, fetch, breadth, rows.mask)
-        is_cut = places[:, -1] >= 0
+    is_cut = places[:, -1] >= 0  # else there was no more, as when the breadth was tuned
+    is_starved = sure
+    if rows.mask is not None:
+        # Of a masked search too: whatever a backend makes of a mask, what is deleted is no hit.
+        is_chosen = (places >= 0) & rows.mask[places]
+        is_starved = is_cut & (is_chosen.sum(axis=1) < _ENOUGH * fetch)
+        places = np.where(is_chosen, places, -1)
     if math.isfinite(backend.error):
         last = np.where(is_cut, scores[:, -1], 0)
         return places, np.where(is_cut, last + backend.errors(queries, last), -np.inf), sure

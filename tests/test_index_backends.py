@@ -14,7 +14,7 @@ import torch
 
 from clipserve.errors import ConfigError
 from index.backends import Backend, faiss_gpu, make_backend, resolve_device, scan, torch_exact
-from index.backends.faiss_cpu import FaissBackend
+from index.backends.faiss_cpu import FaissBackend, num_faiss_gpus
 from index.backends.faiss_gpu import Dispatcher, FaissGpuBackend
 from index.backends.scan import ScanBackend, float32_error
 from index.backends.torch_exact import TorchBackend
@@ -57,13 +57,8 @@ def memory(vectors: np.ndarray) -> ScanBackend:
 
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
-faiss_gpus = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not (hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus()),
-        reason="FAISS sees no GPU",
-    ),
-]
+needs_faiss_gpu = pytest.mark.skipif(num_faiss_gpus() == 0, reason="FAISS sees no GPU")
+faiss_gpus = [pytest.mark.gpu, needs_faiss_gpu]
 CLOSE = float32_error(DIM)
 
 # (how to make it, how far its scores may be off at full breadth)
@@ -84,6 +79,9 @@ BACKENDS = [
     ),
     pytest.param(lambda vectors: TorchBackend(vectors, "cuda"), 2e-3, id="torch-cuda", marks=gpu),
 ]
+
+ROUGH_KINDS = ["IVF8,PQ12x4fs", "IVF8,PQ6x4fs", "IVF8,RaBitQ", "IVF8,RaBitQ4", "HNSW32,SQ8"]
+"""of FAISS, whose codes tell little or are searched in their own way"""
 
 
 def check_answer(
@@ -139,6 +137,25 @@ def test_a_mask_lets_through_what_it_says(
     backend = make(vectors)
     for k in (1, 10, 1000):
         check_answer(backend, vectors, queries, k, mask, error)
+
+
+@pytest.mark.parametrize("kind", ROUGH_KINDS)
+@pytest.mark.parametrize("share", [0.9, 0.5, 0.1, 0.01, 0])
+def test_a_mask_holds_for_every_kind_of_code(kind: str, share: float) -> None:
+    """Scores are of codes, too rough for `check_answer`; the best 10 are among 100 candidates."""
+    vectors, queries = unit(1000), unit(20, seed=1)
+    mask = np.random.default_rng(2).permutation(1000) < 1000 * share
+    backend = FaissBackend(filled(kind, vectors))
+    _, labels = backend.search(queries, 100, backend.max_breadth, mask)
+    count = min(100, mask.sum())
+    assert (labels[:, count:] == -1).all()
+    assert all(len(set(found.tolist())) == count for found in labels[:, :count])
+    best = np.argsort(-np.where(mask, queries @ vectors.T, -2), axis=1)[:, : min(10, count)]
+    found = [np.isin(*pair).sum() for pair in zip(best, labels, strict=True)]
+    assert sum(found) >= 0.7 * best.size
+    for breadth in (1, 3, backend.max_breadth):
+        _, labels = backend.search(queries, 100, breadth, mask)
+        assert mask[labels[labels >= 0]].all()
 
 
 @pytest.mark.parametrize(("make", "error"), BACKENDS)
@@ -307,6 +324,32 @@ def test_an_older_memory_does_not_see_what_was_appended_or_removed_later() -> No
     assert sorted(new.search(unit(1), 20)[1][0].tolist()) == list(range(2, 15))
 
 
+def test_memory_is_searched_by_many_while_it_grows() -> None:
+    vectors = unit(4000)
+    newest = [ScanBackend(DIM).append(np.arange(100), vectors[:100])]
+    done = threading.Event()
+
+    def look(seed: int) -> None:
+        queries = unit(3, seed=seed)
+        while not done.is_set():
+            memory = newest[0]
+            count = len(memory)
+            _, labels = memory.search(queries, count)
+            assert np.array_equal(np.sort(labels, axis=1), np.tile(np.arange(count), (3, 1)))
+
+    with ThreadPoolExecutor(4) as pool:
+        looking = [pool.submit(look, seed) for seed in range(4)]
+        try:
+            for start in range(100, 4000, 30):
+                rows = np.arange(start, min(start + 30, 4000))
+                newest[0] = newest[0].append(rows, vectors[rows])
+        finally:
+            done.set()
+        for one in looking:
+            one.result()
+    assert len(newest[0]) == 4000
+
+
 @pytest.mark.usefixtures("small_blocks")
 def test_memory_that_churns_stays_small() -> None:
     memory = ScanBackend(DIM).append(np.arange(20), unit(20))
@@ -444,7 +487,7 @@ def test_what_a_gpu_cannot_do_the_cpu_does() -> None:
 
 @pytest.mark.parametrize("kind", ["Flat", "IVF16,Flat", "IVF16,SQ8"])
 @pytest.mark.gpu
-@pytest.mark.skipif(not hasattr(faiss, "StandardGpuResources"), reason="FAISS sees no GPU")
+@needs_faiss_gpu
 def test_a_gpu_finds_what_the_cpu_finds(kind: str) -> None:
     vectors = unit(5000)
     cpu = FaissBackend(filled(kind, vectors))

@@ -159,6 +159,22 @@ def test_an_index_that_comes_back_short_is_searched_farther_until_all_are_compar
     assert [breadth for _, breadth, _ in backend.calls] == [8, 32, 64]
 
 
+@pytest.mark.parametrize("is_exact", [True, False])
+def test_what_the_mask_leaves_out_is_no_hit_though_a_backend_overlooks_it(is_exact: bool) -> None:
+    class Heedless(Rough):
+        def search(
+            self, queries: np.ndarray, k: int, breadth: int, mask: np.ndarray | None = None
+        ) -> tuple[np.ndarray, np.ndarray]:
+            return super().search(queries, k, breadth)
+
+    vectors, queries = unit(COUNT), unit(3, seed=3).astype(np.float64)
+    near = np.argsort(-(vectors @ queries[0]))
+    for dead in (near[:200:2], near[:100], near[-100:]):
+        backend = Heedless(vectors, 1e-6 if is_exact else 0, is_exact)
+        check(make_view(backend, dead.tolist()), queries, 5)
+        assert backend.calls
+
+
 def test_where_a_filter_leaves_out_what_is_near_the_search_goes_on_while_it_gains() -> None:
     class Lists(Passing):
         """Looks at `breadth` rows by their nearness, and only then at the mask."""

@@ -17,9 +17,8 @@ import numpy as np
 import pytest
 
 from clipserve.errors import IndexStoreError
-from index.backends import faiss_cpu
+from index.backends import faiss_cpu, make_backend
 from index.backends.faiss_cpu import FaissBackend
-from index.backends.scan import ScanBackend
 from index.build import build
 from index.cache import folder, read
 from index.collection import Collection, Item
@@ -86,7 +85,9 @@ def test_1_a_mask_does_not_reset_the_breadth(kind: str, breadth: int, trap: Any)
     assert np.array_equal(masked, without)
 
 
-def test_2_no_two_searches_share_their_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_2_no_two_searches_share_their_parameters(
+    collection: Collection, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """FAISS writes into the object while it searches through an IndexIDMap: a crash if shared."""
     kept: list[Any] = []
     original = faiss_cpu.search_parameters
@@ -95,64 +96,85 @@ def test_2_no_two_searches_share_their_parameters(monkeypatch: pytest.MonkeyPatc
         kept.append(original(*arguments))
         return kept[-1]
 
+    info = build(collection, kind="IVF16,Flat", queries=unit(20, seed=1))
+    cache = read(collection, "image", info.generation)
+    assert cache
+    assert not isinstance(cache.index, (faiss.IndexIDMap, faiss.IndexIDMap2))
     monkeypatch.setattr(faiss_cpu, "search_parameters", keep)
-    backend = FaissBackend(filled("IVF16,Flat", unit(500)))
-    mask = np.arange(500) % 2 == 0
+    backend = make_backend(cache, "cpu")
+    mask = np.arange(3000) % 2 == 0
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda i: backend.search(unit(3, seed=i), 5, 4, mask), range(64)))
     assert len({int(one.this) for one in kept}) == len(kept) == 64
-    assert not isinstance(backend.index, (faiss.IndexIDMap, faiss.IndexIDMap2))
 
 
-def test_3_what_is_searched_is_never_added_to() -> None:
+def test_3_what_is_searched_is_never_added_to(collection: Collection) -> None:
     """Adding to a FAISS index while another thread searches it ends the process."""
-    vectors = unit(4000)
-    newest = [ScanBackend(DIM).append(np.arange(100), vectors[:100])]
-    done = threading.Event()
+    build(collection, kind="IVF16,Flat", queries=unit(20, seed=1))
+    new, written, done = unit(200, seed=3), 0, threading.Event()
+    with Searcher(collection.path, device="cpu") as searcher, ThreadPoolExecutor(4) as pool:
+        served = served_index(searcher)
+        before = faiss.serialize_index(served)
 
-    def look(seed: int) -> None:
-        queries = unit(3, seed=seed)
-        while not done.is_set():
-            memory = newest[0]
-            count = len(memory)
-            _, labels = memory.search(queries, count)
-            assert np.array_equal(np.sort(labels, axis=1), np.tile(np.arange(count), (3, 1)))
+        def look(seed: int) -> None:
+            while not done.is_set():
+                end = written
+                hits = searcher.search(np.concatenate([unit(1, seed=seed), new[:end][-1:]]), k=1)
+                assert not end or hits[1][0].id == f"new {end - 1}"
 
-    with ThreadPoolExecutor(4) as pool:
         looking = [pool.submit(look, seed) for seed in range(4)]
         try:
-            for start in range(100, 4000, 30):
-                rows = np.arange(start, min(start + 30, 4000))
-                newest[0] = newest[0].append(rows, vectors[rows])
+            for start in range(0, 200, 10):
+                rows = slice(start, start + 10)
+                items = [Item(f"new {i}") for i in range(start, start + 10)]
+                collection.upsert(items, new[rows])
+                collection.delete([str(start)])
+                written = start + 10
         finally:
             done.set()
         for one in looking:
             one.result()
-    assert len(newest[0]) == 4000
-    assert not hasattr(FaissBackend, "append")
+        found = searcher.search(new, k=1)
+        assert [hits[0].id for hits in found] == [f"new {i}" for i in range(200)]
+        assert served_index(searcher) is served
+        assert served.ntotal == 3000
+        assert np.array_equal(faiss.serialize_index(served), before)
+
+
+def served_index(searcher: Searcher) -> Any:
+    """FAISS's, which answers now."""
+    base = searcher._view.base
+    assert base
+    assert isinstance(base.backend, FaissBackend)
+    return base.backend.index
 
 
 def test_4_a_small_index_on_a_full_disk_is_an_error(tmp_path: Path) -> None:
-    index = filled("IVF4,Flat", unit(30))
-    limit = 30 * DIM * 4 + 100  # room for the vectors, not for the index
-    assert limit < faiss.serialize_index(index).nbytes
+    vectors, queries = unit(200), unit(20, seed=1)
+    index = filled("IVF4,Flat", vectors)
+    limit = faiss.serialize_index(index).nbytes - 100  # that FAISS's writer has yet to flush
     with Collection.create(
         tmp_path / "c", fingerprint="a" * 64, model_name="t", embed_dim=DIM
     ) as few:
-        few.upsert([Item(str(i)) for i in range(30)], unit(30))
+        few.upsert([Item(str(i)) for i in range(200)], vectors)
         old = build(few)
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
         try:
             faiss.write_index(index, str(tmp_path / "cut"))  # the trap: no exception
             with pytest.raises(IndexStoreError, match="the old one stays"):
-                build(few, kind="IVF4,Flat", queries=unit(20, seed=1))
+                build(few, kind="IVF4,Flat", queries=queries)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert (tmp_path / "cut").stat().st_size <= limit
         cache = read(few, "image", few.generation())
         assert cache
         assert cache.info == old
+        # Everything else would have had room, so it was FAISS's file that was an error.
+        roomy = build(few, kind="IVF4,Flat", queries=queries)
+        sizes = {file.name: file.stat().st_size for file in folder(few.path, "image").iterdir()}
+        assert sizes.pop(roomy.files["faiss"]["name"]) > limit > max(sizes.values())
+        assert "index.json" in sizes
 
 
 def test_5_no_file_that_a_reader_has_mapped_is_written_to(collection: Collection) -> None:

@@ -76,8 +76,8 @@ def resolve_device(name: str) -> str:
 def make_backend(cache: Cache, device: str) -> Backend:
     """What searches an index on a resolved device; on the CPU where a GPU will not do.
 
-    A GPU that has room for all vectors compares all of them: that is exact, and no slower there
-    than an index of them.
+    A GPU that has room for all vectors compares all of them, which is exact; up to which size it is
+    also faster there than an index is not measured.
     """
     from index.backends import torch_exact
     from index.backends.faiss_cpu import FaissBackend
