@@ -228,6 +228,48 @@ def test_numbers_of_the_service_are_the_committed_results() -> None:
     assert f"ready after {startup['ready_s']['median']:.1f} s" in text
 
 
+def test_numbers_of_the_index_are_the_committed_results() -> None:
+    text = " ".join((ROOT / "docs" / "index.md").read_text().split())
+    results = ROOT / "benchmarks" / "results"
+    kinds = json.loads((results / "fashion_search.json").read_text())["kinds"]
+    graph, lists, exact = (kinds[kind] for kind in ("HNSW32,Flat", "IVF128,SQ8", "exact"))
+    for row in (graph, lists):
+        assert f"{row['queries_per_second']:,.0f}" in text
+    assert f"found {graph['of_exact_10']:.3f} of the exact ten" in text
+    assert f"{lists['queries_per_second']:,.0f} and {lists['of_exact_10']:.3f}" in text
+    assert f"comparing all {exact['queries_per_second']:.0f}" in text
+    parts = json.loads((results / "index.json").read_text())["runs"]["1000000"]
+    plain, rescored = parts["speed faiss SQ8"], parts["speed faiss SQ8 refined"]
+    for target, row in rescored.items():
+        if not isinstance(row, dict):
+            continue
+        ours, times = (
+            row["ours"],
+            [
+                f"{part['ratio_batch_qps']:.2f}, {part['ratio_single_qps']:.2f}"
+                if part["theirs"]
+                else "never gets there"
+                for part in (plain[target], row)
+            ],
+        )
+        single = f"{ours['single']['p50_ms']:.1f} / {ours['single']['p99_ms']:.1f} ms"
+        cells = [f"{ours['recall']:.3f}", f"{ours['batch']['qps']:.0f}", single, *times]
+        assert f"| {' | '.join(cells)} |" in text
+    built = [part["seconds"] for name, part in parts.items() if name.startswith("build clipserve")]
+    assert f"{min(built):.0f} to {max(built):.0f} s with tuning" in text
+    faiss, refined, hnswlib = (
+        f"{parts[f'build {name}']['seconds']:.0f} s"
+        for name in ("faiss SQ8", "faiss SQ8 refined", "hnswlib")
+    )
+    assert f"SQ8 took {faiss}, exact re-scoring {refined} more, hnswlib {hnswlib}" in text
+    filtered = [row for row in parts["filtered faiss SQ8"].values() if isinstance(row, dict)]
+    half, tenth, hundredth, thousandth = (row["ratio_batch_qps"] for row in filtered)
+    assert (
+        f"batches run at {half:.2f}, {tenth:.2f}, {hundredth:.1f} and {thousandth:.0f} times"
+        in text
+    )
+
+
 def test_numbers_of_training_are_the_committed_results() -> None:
     text = (ROOT / "docs" / "training.md").read_text()
     results = ROOT / "benchmarks" / "results"
