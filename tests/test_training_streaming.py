@@ -171,6 +171,9 @@ def test_a_missing_shard_stops_the_stream(shards: ShardSet, tmp_path: Path) -> N
             batches(stream(shards, batch_size=23), 1, workers)
 
 
+# torch's signal handler may interrupt it while it opens files to find out why there is no batch.
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_killed_worker_is_one_clear_error(shards: ShardSet) -> None:
     before = set(multiprocessing.active_children())
     source = stream(shards).batches(Position(), 1000, workers=1)
@@ -182,6 +185,8 @@ def test_a_killed_worker_is_one_clear_error(shards: ShardSet) -> None:
         list(source)
 
 
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_worker_killed_with_a_lock_in_its_hands_is_too(
     shards: ShardSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
