@@ -1,11 +1,11 @@
 """Retrieval with a model that was trained on what it searches: the fashion set, all of its 20,000.
 
     python -m benchmarks.fashion_search MODEL [--data ../shared/data/fashion] [--queries 2000]
-        [--kinds exact IVF128,SQ8] [--k-test 16] [--out FILE.json]
+        [--kinds exact IVF128,SQ8] [--recall 0.95] [--k-test 16] [--out FILE.json]
 
 The train pictures are embedded into a collection with their thumbnails, one index of each kind is
-tuned on captions of the validation set, and other captions, each of whose picture is in the
-collection, are searched for. Measured: the part of the exact search's ten hits that the index
+tuned to --recall on captions of the validation set, and other captions, each of whose picture is in
+the collection, are searched for. Measured: the part of the exact search's ten hits that the index
 finds, recall@1, 5, 10 of each caption's own picture (and of any with the same caption) by the exact
 search and by the index, and, with an ALBEF, the same after its matching head has ordered the first
 k_test anew.
@@ -31,7 +31,7 @@ from benchmarks.embedding import processor
 from clipserve.config import RerankScore
 from clipserve.model import Model
 from clipserve.sources import Record, read_source
-from index.build import build
+from index.build import RECALL_TARGET, build
 from index.collection import Collection
 from index.embed_corpus import embed_corpus
 from index.rerank import rerank
@@ -65,6 +65,7 @@ def main() -> None:
         "items": report.added,
         "items_per_second": report.added / report.seconds,
         "queries": len(texts),
+        "recall_target": arguments.recall,
         "k_test": arguments.k_test,
         **measured,
     }
@@ -84,7 +85,7 @@ def measure(
     kinds: dict[str, Any] = {}
     exact: list[list[Hit]] = []
     for kind in arguments.kinds:
-        info = build(collection, kind=kind, queries=tuned_with)
+        info = build(collection, kind=kind, queries=tuned_with, recall_target=arguments.recall)
         with Searcher(collection.path) as searcher:
             started = time.perf_counter()
             hits = searcher.search(vectors, 50)
@@ -149,6 +150,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=Path("../shared/data/fashion"))
     parser.add_argument("--queries", type=int, default=2000)
     parser.add_argument("--kinds", nargs="+", default=["exact", "IVF128,SQ8", "HNSW32,Flat"])
+    parser.add_argument("--recall", type=float, default=RECALL_TARGET)
     parser.add_argument("--k-test", type=int, default=16)
     scores = ["matching+contrastive", "matching"]
     parser.add_argument("--scores", nargs="+", choices=get_args(RerankScore), default=scores)
