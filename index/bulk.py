@@ -37,27 +37,28 @@ class RowWriter:
         vectors: Mapping[str, np.ndarray],
         there: Mapping[str, np.ndarray] | None = None,
     ) -> None:
-        """vectors: field -> (n, E); there: field -> which rows (n,) have one (None: all)."""
+        """One write. vectors: field -> (n, E); there: field -> which rows have one (None: all)."""
         has = np.ones((len(items), len(vectors)), bool)
         if there is not None:
             has = np.stack([there[field] for field in vectors], axis=1)
         for column, (field, matrix) in enumerate(vectors.items()):
             self._check(table, items, field, matrix, has[:, column])
-        for kind in np.unique(has, axis=0):
-            rows = np.flatnonzero((has == kind).all(axis=1))
-            if not kind.any():
-                raise IndexStoreError(f"{table.path}: item {items[rows[0]].id!r} has no vector")
-            given = {
-                field: self._scale(matrix[rows])
-                for is_given, (field, matrix) in zip(kind, vectors.items(), strict=True)
-                if is_given
-            }
-            self._collection.upsert(
-                [items[row] for row in rows.tolist()],
-                given.get("image"),
-                text_vectors=given.get("text"),
-                keep=True,
-            )
+        with self._collection.together():
+            for kind in np.unique(has, axis=0):
+                rows = np.flatnonzero((has == kind).all(axis=1))
+                if not kind.any():
+                    raise IndexStoreError(f"{table.path}: item {items[rows[0]].id!r} has no vector")
+                given = {
+                    field: self._scale(matrix[rows])
+                    for is_given, (field, matrix) in zip(kind, vectors.items(), strict=True)
+                    if is_given
+                }
+                self._collection.upsert(
+                    [items[row] for row in rows.tolist()],
+                    given.get("image"),
+                    text_vectors=given.get("text"),
+                    keep=True,
+                )
         self.done += len(items)
         if self._progress is not None:
             self._progress(self.done, self._total)

@@ -192,6 +192,15 @@ class Collection:
                 record = (unit.name, unit.digest, unit.count, unit.bad)
                 connection.execute("INSERT OR REPLACE INTO units VALUES (?, ?, ?, ?)", record)
 
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """What this thread writes inside is one write, kept whole or, if it raises, not at all.
+
+        An error of a write inside must be let out.
+        """
+        with self._write():
+            yield
+
     def delete(self, ids: Sequence[str]) -> int:
         """Remove items, durably; returns how many of the ids were there."""
         with self._write() as (connection, generation):

@@ -204,9 +204,15 @@ class Database:
     def write(self) -> Iterator[tuple[apsw.Connection, int]]:
         """One transaction; yields the generation that it makes. Durable, and promised, at the end.
 
+        Inside another one of this thread it is a part of that, which its errors must end, too.
         IndexStoreError if nothing was kept, or if it was kept but the promise could not be made.
         So the log is looked after before it: whatever goes wrong with that, nothing was kept.
         """
+        outer: int | None = getattr(self._local, "writing", None)
+        if outer is not None:
+            with self.errors():
+                yield self.connection(), outer
+            return
         with self.errors():
             connection = self.connection()
             if connection.in_transaction:
@@ -218,7 +224,11 @@ class Database:
             with transaction(connection):
                 query = "UPDATE meta SET value = value + 1 WHERE key = 'generation' RETURNING value"
                 ((generation,),) = fetch(connection, query)
-                yield connection, generation
+                self._local.writing = generation
+                try:
+                    yield connection, generation
+                finally:
+                    self._local.writing = None
         self._acknowledge(generation)
 
     def _tidy_if_long(self, connection: apsw.Connection) -> None:

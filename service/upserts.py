@@ -78,22 +78,21 @@ async def prepare(
 
 
 def store(collection: Collection, prepared: Sequence[Prepared], unit: Unit | None = None) -> int:
-    """Durable when it returns; `unit` is noted with the last of it. Returns the generation.
-
-    Items with a vector of their text are a write of their own, as all of a write have the same.
-    """
-    groups = [[one for one in prepared if (one.text_vector is None) == bare] for bare in (1, 0)]
-    filled = [group for group in groups if group]
-    for group in filled:
-        texts = [one.text_vector for one in group if one.text_vector is not None]
-        collection.upsert(
-            [one.item for one in group],
-            np.stack([one.vector for one in group]),
-            [one.thumbnail for one in group],
-            text_vectors=np.stack(texts) if texts else None,
-            unit=unit if group is filled[-1] else None,
-        )
-    if not filled and unit is not None:
+    """All of it, with `unit`, or nothing; durable when it returns. Returns the generation."""
+    bare = [one for one in prepared if one.text_vector is None]
+    with_text = [one for one in prepared if one.text_vector is not None]
+    if not prepared and unit is None:
+        return collection.generation()
+    with collection.together():
+        for group in (bare, with_text):
+            texts = [one.text_vector for one in group if one.text_vector is not None]
+            if group:
+                collection.upsert(
+                    [one.item for one in group],
+                    np.stack([one.vector for one in group]),
+                    [one.thumbnail for one in group],
+                    text_vectors=np.stack(texts) if texts else None,
+                )
         collection.upsert([], None, unit=unit)
     return collection.generation()
 

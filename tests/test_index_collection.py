@@ -143,6 +143,29 @@ def test_vectors_are_read_in_the_order_asked_for(collection: Collection) -> None
     assert np.array_equal(collection.vectors_of(rowids), vectors[[3, 0, 3, 4]])
 
 
+def test_what_is_written_together_is_one_write(collection: Collection) -> None:
+    before = collection.generation()
+    with collection.together():
+        collection.upsert([Item("a"), Item("b")], unit(2))
+        collection.upsert([Item("c")], unit(1), text_vectors=unit(1, seed=1))
+        collection.delete(["a"])
+    assert [item.id for item in collection.scan()] == ["b", "c"]
+    assert collection.count() == 2
+    assert collection.generation() == before + 1
+
+    def write_half() -> None:
+        with collection.together():
+            collection.upsert([Item("d")], unit(1))
+            collection.upsert([Item("e")], np.zeros((1, 8), np.float32))
+
+    with pytest.raises(IndexStoreError, match="item 'e'"):
+        write_half()
+    assert [item.id for item in collection.scan()] == ["b", "c"]
+    assert collection.generation() == before + 1
+    collection.upsert([Item("f")], unit(1))
+    assert collection.generation() == before + 2
+
+
 @pytest.mark.parametrize(
     ("items", "vectors", "says"),
     [

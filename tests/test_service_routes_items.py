@@ -11,6 +11,7 @@ import pytest
 from conftest import encode, make_picture
 from served import COUNT, World, b64, check_refusal, error, post_json, serving
 
+from index import collection as collection_module
 from index.collection import Collection, Item
 from service import replies
 from service.settings import load_settings
@@ -215,3 +216,23 @@ def test_a_full_disk_is_told_in_one_line(
     assert told[0].exc_info is None
     monkeypatch.undo()
     assert own_world.put("/v1/collections/toys/items", items=[item]).status_code == 200
+
+
+def test_of_a_request_that_fails_half_way_nothing_is_kept(
+    own_world: World, monkeypatch: pytest.MonkeyPatch
+):
+    remove = collection_module._remove
+
+    def fail(connection: apsw.Connection, ids: list[str], generation: int) -> int:
+        if "words" in ids:
+            raise apsw.exception_for(apsw.SQLITE_FULL)
+        return remove(connection, ids, generation)
+
+    monkeypatch.setattr(collection_module, "_remove", fail)
+    before = own_world.get("/v1/collections/toys").json()
+    vector = own_world.vectors[0].tolist()
+    items = [{"id": "bare", "vector": vector}, {"id": "words", "text": "x"}]
+    answer = own_world.put("/v1/collections/toys/items", items=items)
+    check_refusal(answer, 507, "disk is full")
+    assert own_world.get("/v1/collections/toys").json() == before
+    assert own_world.client.get("/v1/collections/toys/items/bare").status_code == 404
