@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from accumulated import CASES, FREQUENCIES, ROWS, SOME, Found, measure
 from safetensors.torch import load_file
-from test_training_loop import SMALL
+from small_runs import SMALL
 from torch import Tensor, nn
 
 from clipserve.config import load_config

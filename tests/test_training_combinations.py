@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small_runs import SMALL
 from test_training_fine_tuning import check_equal
-from test_training_loop import SMALL
 
 from clipserve import checkpoint
 from clipserve.config import load_config

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_training_loop import SMALL
+from small_runs import SMALL
 
 from clipserve.checkpoint import verify
 from clipserve.config import load_config

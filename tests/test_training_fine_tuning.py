@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_runs import SMALL, config, run, weights
 from test_training_continuation import check_same_but_for_rounding, read_trace, run_ranks
 from test_training_continuation import run as run_alone
-from test_training_loop import SMALL, config, run, weights
 
 from clipserve import checkpoint
 from clipserve.errors import CheckpointError, ConfigError

@@ -14,7 +14,7 @@ import forked
 import pytest
 import ranks
 import torch
-from test_training_loop import SMALL, losses, weights
+from small_runs import SMALL, losses, weights
 from torch import Tensor, nn
 
 import clipserve

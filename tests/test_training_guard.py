@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_training_loop import SMALL
+from small_runs import SMALL
 from torch import Tensor, nn
 
 from clipserve import checkpoint

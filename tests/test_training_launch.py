@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from test_training_loop import EASY, SMALL, losses
+from small_runs import EASY, SMALL, losses
 
 from clipserve.errors import ConfigError, TooManyBadSamples, TooManySkippedSteps
 from training import launch

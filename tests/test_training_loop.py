@@ -1,88 +1,32 @@
 import fcntl
-import io
 import json
-import resource
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
+from small_runs import EASY, SMALL, config, losses, packed, run, weights
 
 import clipserve
 from clipserve import checkpoint
-from clipserve.config import Config, load_config
+from clipserve.config import load_config
 from clipserve.errors import (
     CheckpointError,
     ConfigError,
     DataError,
     TooManyBadSamples,
-    TooManySkippedSteps,
 )
 from clipserve.shards import ShardSet, write_manifest
 from clipserve.shards.scan import scan
-from training import loop, saver
-from training.distributed import World
 from training.evaluate.retrieval import evaluate_retrieval
-from training.loop import TrainResult, train
+from training.loop import train
 from training.saver import Saver
-from training.shards import PackOptions, pack
-from training.state import State, verify_state
-
-SMALL = [
-    "model.preset=tiny",
-    "model.architecture.embed_dim=16",
-    "model.architecture.vision_cfg.image_size=32",
-    "model.architecture.vision_cfg.patch_size=16",
-    "model.architecture.vision_cfg.width=32",
-    "model.architecture.vision_cfg.layers=1",
-    "model.architecture.vision_cfg.head_width=16",
-    "model.architecture.text_cfg.width=32",
-    "model.architecture.text_cfg.heads=2",
-    "model.architecture.text_cfg.layers=1",
-    "optim.warmup_steps=2",
-    "data.batch_size=8",
-    "data.workers=0",
-    "train.precision=fp32",
-    "train.compile=off",
-    "train.log_every=1",
-]
-
-EASY = [
-    "optim.lr=1e-2",
-    "data.crop_scale=[1,1]",
-    "model.architecture.vision_cfg.patch_dropout=0",
-]
+from training.shards import pack
 
 
 @pytest.fixture
 def data(captioned: Any, tmp_path: Path) -> Path:
-    pack(captioned(24, "a"), tmp_path / "data" / "train", PackOptions(samples_per_shard=10))
-    pack(captioned(10, "b"), tmp_path / "data" / "val")
-    return tmp_path / "data"
-
-
-def config(data: Path, out: Path, *more: str) -> Config:
-    given = [f"out={out}", f"data.train={data / 'train'}", f"data.val={data / 'val'}"]
-    length = [] if any(m.startswith("train.steps") for m in more) else ["train.epochs=3"]
-    return load_config(None, [*given, *SMALL, *length, *more])
-
-
-def run(settings: Config, resume: str = "auto") -> tuple[TrainResult, str]:
-    console = Console(file=io.StringIO(), width=200)
-    result = train(settings, resume, console)
-    assert isinstance(console.file, io.StringIO)
-    return result, console.file.getvalue()
-
-
-def losses(out: Path) -> dict[int, float]:
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line["loss"] for line in lines if "loss" in line}
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return dict(checkpoint.load_for_training(folder).network.state_dict())
+    return packed(captioned, tmp_path)
 
 
 def test_a_run_leaves_all_it_promises(data: Path, tmp_path: Path) -> None:
@@ -242,113 +186,11 @@ def test_what_would_fail_after_an_epoch_is_refused_before_the_first(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_diverged_run_ends_with_its_last_good_checkpoint(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = loop.train_step
-
-    def step(prepared: Any, *rest: Any) -> Any:
-        found = real(prepared, *rest)
-        if prepared.state.counters.step + 1 == 5:
-            for parameter in prepared.state.model.parameters():
-                parameter.data *= 1e30
-        return found
-
-    monkeypatch.setattr(loop, "train_step", step)
-    out = tmp_path / "run"
-    more = ("train.keep_checkpoints=1", "train.max_skipped=3", "train.steps=30")
-    for _ in range(2):  # the same command again finds the same
-        with pytest.raises(TooManySkippedSteps, match="the loss is nan.*optim.lr") as caught:
-            run(config(data, out, *more))
-        (note,) = caught.value.__notes__
-        aside = out / "checkpoints" / "skipped-step-000000009"
-        assert f"kept as {aside} for --resume" in note
-        assert note.endswith(f"goes on from {(out / 'latest').resolve()}")
-        assert aside.exists()
-        assert (out / "latest").resolve().name == "step-000000003"
-        assert all(value.abs().max() < 1e3 for value in weights(out / "latest").values())
-    checkpoint.verify(aside)
-
-
-def test_a_failed_validation_leaves_a_checkpoint_and_is_made_up_for(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real, (shard,) = loop.train_step, (data / "val").glob("*.tar")
-
-    def step(prepared: Any, *rest: Any) -> Any:
-        if prepared.state.counters.step == 4:
-            shard.rename(data / "away.tar")
-            prepared.val.close()
-        return real(prepared, *rest)
-
-    out = tmp_path / "run"
-    with monkeypatch.context() as patched:
-        patched.setattr(loop, "train_step", step)
-        with pytest.raises(DataError, match=r"^shard .*000000\.tar"):
-            run(config(data, out))
-    assert (out / "latest").resolve().name == "step-000000006"
-    (data / "away.tar").rename(shard)
-    run(config(data, out))
-    run(config(data, tmp_path / "whole"))
-    assert validations(out) == validations(tmp_path / "whole")
-    assert (out / "best").resolve().name == (tmp_path / "whole" / "best").resolve().name
-
-
-@pytest.mark.parametrize("is_full", [False, True])
-def test_a_gpu_without_room_for_validation_loses_no_epoch(
-    is_full: bool, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: Any, **named: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
-
-    out = tmp_path / "run"
-    monkeypatch.setattr(saver, "evaluate_retrieval", fail)
-    if is_full:
-        monkeypatch.setattr(State, "save", fail)
-    with pytest.raises(torch.OutOfMemoryError) as caught:
-        run(config(data, out))
-    if is_full:
-        (note,) = caught.value.__notes__
-        assert note == "and no checkpoint could be written: CUDA out of memory."
-    else:
-        assert (out / "latest").resolve().name == "step-000000003"
-
-
-def validations(out: Path) -> dict[int, float]:
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line["val/mean_r1"] for line in lines if "val/mean_r1" in line}
-
-
 def test_another_order_of_samples_is_not_resumed_on(data: Path, tmp_path: Path) -> None:
     run(config(data, tmp_path / "run"))
     for change in ("data.batch_size=4", "train.seed=1"):
         with pytest.raises(CheckpointError, match="changed since step-000000009 was written"):
             run(config(data, tmp_path / "run", change, "train.epochs=9"))
-
-
-def test_damaged_state_is_found_by_verify_and_by_resuming(data: Path, tmp_path: Path) -> None:
-    run(config(data, tmp_path / "run"))
-    state = (tmp_path / "run" / "latest").resolve() / "state"
-    for name in ("state.json", "optimizer.safetensors"):
-        original = (state / name).read_bytes()
-        damaged = bytearray(original)
-        damaged[len(damaged) // 2] ^= 1
-        (state / name).write_bytes(damaged)
-        with pytest.raises(CheckpointError, match=name.split(".")[0]):
-            verify_state(state.parent)
-        with pytest.raises(CheckpointError, match=name.split(".")[0]):
-            run(config(data, tmp_path / "run", "train.epochs=9"))
-        (state / name).write_bytes(original)
-    verify_state(state.parent)
-
-
-def test_a_link_that_leads_nowhere_is_not_a_fresh_start(data: Path, tmp_path: Path) -> None:
-    run(config(data, tmp_path / "run"))
-    before = (tmp_path / "run" / "metrics.jsonl").read_text()
-    shutil.rmtree(tmp_path / "run" / "checkpoints")
-    with pytest.raises(CheckpointError, match="latest leads nowhere"):
-        run(config(data, tmp_path / "run"))
-    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
 
 
 def test_two_processes_do_not_train_into_one_directory(data: Path, tmp_path: Path) -> None:
@@ -357,55 +199,6 @@ def test_two_processes_do_not_train_into_one_directory(data: Path, tmp_path: Pat
         fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(ConfigError, match="another process is training"):
             run(config(data, tmp_path / "run"))
-
-
-def test_a_missing_shard_stops_the_run_with_a_checkpoint_of_its_last_step(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = loop.train_step
-
-    def step(prepared: Any, *rest: Any) -> Any:
-        if prepared.state.counters.step == 3:
-            for shard in (data / "train").glob("*.tar"):
-                shard.unlink(missing_ok=True)
-            for part in prepared.stream.data.parts:
-                part.shards.close()
-        return real(prepared, *rest)
-
-    monkeypatch.setattr(loop, "train_step", step)
-    with pytest.raises(DataError, match=r"^shard .*00000\d\.tar") as caught:
-        run(config(data, tmp_path / "run"))
-    assert "\n" not in str(caught.value)
-    last = int((tmp_path / "run" / "latest").resolve().name.removeprefix("step-"))
-    assert last == 4
-    assert max(losses(tmp_path / "run")) == last
-    checkpoint.verify(tmp_path / "run" / "latest")
-
-
-def test_a_full_disk_leaves_the_checkpoint_before(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    real = State.save
-
-    def save(self: State, folder: Path, world: World) -> None:
-        if self.counters.step > 3:  # no file may grow beyond this: as on a full disk, a write fails
-            resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, before[1]))
-        real(self, folder, world)
-
-    monkeypatch.setattr(State, "save", save)
-    whole = r"step-000000006 cannot be written: File too large; .*step-000000003 is whole"
-    try:
-        with pytest.raises(CheckpointError, match=whole):
-            run(config(data, tmp_path / "run"))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    monkeypatch.setattr(State, "save", real)
-    assert (tmp_path / "run" / "latest").resolve().name == "step-000000003"
-    checkpoint.verify(tmp_path / "run" / "latest")
-    run(config(data, tmp_path / "run"))
-    run(config(data, tmp_path / "whole"))
-    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
 def test_going_back_leaves_the_other_course_aside(data: Path, tmp_path: Path) -> None:
@@ -449,20 +242,6 @@ def test_settings_that_mean_nothing_here_are_named(
     assert "data.image_column is not used" in caplog.text
     with pytest.raises(TooManyBadSamples, match=r"none of the 8 samples of step 1 .*any of colr"):
         run(config(data, tmp_path / "b", "train.steps=1", "data.caption_fields={colr=1}"))
-
-
-def test_a_pack_killed_at_its_very_end_is_finished_by_training(
-    captioned: Any, tmp_path: Path
-) -> None:
-    table = captioned(30)
-    settings = [f"out={tmp_path / 'run'}", f"data.train={table}", "train.steps=1", *SMALL]
-    run(load_config(None, settings))
-    packed = tmp_path / "run" / "shards" / "train-0"
-    before = (packed / "manifest.json").read_text()
-    (packed.parent / "train-0.source.json").unlink()  # killed before it was written
-    run(load_config(None, [*settings, "train.steps=2"]))
-    assert (packed / "manifest.json").read_text() == before
-    assert (packed.parent / "train-0.source.json").exists()
 
 
 def test_minutes_ask_for_checkpoints_too(data: Path, tmp_path: Path) -> None:
@@ -511,50 +290,6 @@ def test_truncated_captions_are_counted(data: Path, tmp_path: Path) -> None:
     run(config(data, tmp_path / "run", "train.steps=1", short))
     (line,) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[:1]
     assert json.loads(line)["truncated_fraction"] == 1.0
-
-
-@pytest.fixture
-def half_broken(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every other training picture is cut when it is read."""
-    real = ShardSet.read
-
-    def read(self: ShardSet, i: int) -> Any:
-        sample = real(self, i)
-        if i % 2 and len(self) == 24:
-            object.__setattr__(sample, "image", sample.image[:60])
-        return sample
-
-    monkeypatch.setattr(ShardSet, "read", read)
-
-
-@pytest.mark.usefixtures("half_broken")
-def test_too_many_bad_samples_stop_the_run_with_a_checkpoint(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(TooManyBadSamples, match=r"of \d+ samples were bad.*max_bad_fraction"):
-        run(config(data, tmp_path / "run"))
-    listed = bad_lines(tmp_path / "run")
-    assert len(listed) > 10
-    assert {"step", "shard", "key", "kind", "reason"} == set(listed[0])
-    assert (tmp_path / "run" / "latest").exists()
-
-
-@pytest.mark.usefixtures("half_broken")
-def test_bad_samples_are_counted_once_however_often_one_resumes(
-    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    more = ["data.max_bad_fraction=0.9", "train.keep_checkpoints=9"]
-    run(config(data, tmp_path / "run", *more))
-    whole = bad_lines(tmp_path / "run")
-    assert len(whole) == 36  # 12 of 24 in each of 3 epochs
-    assert len([r for r in caplog.records if "bad sample" in r.message]) == 12  # once each
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert json.loads(lines[-2])["samples"] == 36
-    start = str(tmp_path / "run" / "checkpoints" / "step-000000006")
-    run(config(data, tmp_path / "run", *more), resume=start)
-    assert bad_lines(tmp_path / "run") == whole
-
-
-def bad_lines(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "bad_samples.jsonl").read_text().splitlines()]
 
 
 def test_bf16_training_stays_near_fp32(data: Path, tmp_path: Path) -> None:

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_runs import SMALL, config, run, weights
 from test_training_continuation import check_same_but_for_rounding, read_trace, run_ranks
 from test_training_continuation import run as run_alone
 from test_training_fine_tuning import check_equal
 from test_training_fine_tuning import data as data  # a fixture
-from test_training_loop import SMALL, config, run, weights
 from torch import nn
 from torch.nn.utils import parametrize
 

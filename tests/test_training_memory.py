@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from test_training_loop import SMALL
+from small_runs import SMALL
 
 from training.shards import PackOptions, pack
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import ranks
 import torch
-from test_training_loop import SMALL
+from small_runs import SMALL
 from torch import Tensor
 
 from clipserve.config import load_config

@@ -8,7 +8,7 @@ from typing import Any
 import forked
 import pytest
 from rich.console import Console
-from test_training_loop import SMALL
+from small_runs import SMALL
 
 from clipserve.config import load_config
 from clipserve.errors import CheckpointError, ConfigError

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny_architecture
-from test_training_loop import SMALL
+from small_runs import SMALL
 
 from clipserve.config import load_config
 from clipserve.model import create

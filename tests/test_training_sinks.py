@@ -9,7 +9,7 @@ from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
-from test_training_loop import SMALL
+from small_runs import SMALL
 
 from clipserve.config import Config, load_config
 from clipserve.errors import ConfigError

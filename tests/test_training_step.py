@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from albefs import tiny_albef
-from test_training_loop import SMALL
+from small_runs import SMALL
 
 from clipserve import checkpoint
 from clipserve.config import load_config

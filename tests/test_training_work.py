@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_architecture
-from test_training_loop import SMALL
+from small_runs import SMALL
 
 from clipserve.config import load_config
 from clipserve.errors import ConfigError
