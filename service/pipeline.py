@@ -144,7 +144,7 @@ class Pipeline:
             self._prepare(request, inputs)
             await asyncio.wrap_future(job.done)
         finally:
-            self.batcher.abandon(job)
+            self._leave(job)
         answer.vectors = list(job.results)
         return answer
 
@@ -161,7 +161,7 @@ class Pipeline:
             self._tokenizer_thread.submit(job, range(len(pairs)), tokenize, priority)
             await asyncio.wrap_future(job.done)
         finally:
-            self.batcher.abandon(job)
+            self._leave(job)
         found = [one if isinstance(one, Exception) else float(one) for one in job.results]
         return Matched(found, truncated)
 
@@ -199,6 +199,12 @@ class Pipeline:
         """Stop the model's thread; what waits is refused."""
         self.batcher.close()
         self._tokenizer_thread.close()
+
+    def _leave(self, job: Job) -> None:
+        """Nobody waits for this job any more: no queue holds anything of it."""
+        self.batcher.abandon(job)  # the first: what comes to a pool from now on is not kept
+        self._decoders.drop(job)
+        self._tokenizer_thread.drop(job)
 
     def _call(self, function: Callable[[], Any]) -> None:
         job = self.batcher.admit(1)

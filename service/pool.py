@@ -71,15 +71,23 @@ class Pool:
         priority: Priority = "interactive",
     ) -> None:
         """Call the function in its turn. These items of the job are settled with whatever it
-        raises, or with that its thread was lost, or they would wait for ever."""
+        raises, or with that its thread was lost, or they would wait for ever. What is for a job
+        that is over is not kept."""
         item = Item(job, 0, "call", _Task(call, indices), priority, self._clock())
         with self._arrived:
+            if job.done.done():
+                return
             if not self._over.is_set():
                 self._schedule.add(item)
                 self._start()
                 self._arrived.notify()
                 return
         _fail(item, NotReady(_CLOSING))
+
+    def drop(self, job: Job) -> None:
+        """Forget the tasks of a job that is over, and with them the pictures that they hold."""
+        with self._arrived:
+            self._schedule.drop(job)
 
     def inspect(self) -> None:
         """Replace threads that hang or died. The supervisor does it in time; this does it now."""

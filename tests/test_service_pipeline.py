@@ -329,6 +329,46 @@ def test_cancelling_frees_the_slots_and_drops_the_work(pipeline, observer):
     assert [size for kind, size in observer.sizes if kind == "text"] == [1]  # x, once
 
 
+@pytest.mark.parametrize("kind", ["embed", "match"])
+def test_pictures_whose_client_left_are_in_no_queue(kind, tmp_path, observer):
+    decoders, albef = Pool(1, "decode", 60), tiny_albef(tmp_path)
+    pipeline = Pipeline(albef, load_settings(), decoders, observer, "albef")
+    entered, opened, queued = threading.Event(), threading.Event(), threading.Semaphore(0)
+    submit = decoders.submit
+
+    def noticed(*given) -> None:
+        submit(*given)
+        queued.release()
+
+    def busy() -> None:
+        entered.set()
+        opened.wait(WAIT_S)
+
+    async def scenario() -> list[weakref.ref[Picture]]:
+        decoders.submit(pipeline.batcher.admit(1), [0], busy)
+        assert await asyncio.to_thread(entered.wait, WAIT_S)
+        decoders.submit = noticed
+        pictures = [picture(seed) for seed in range(3)]
+        ask = {
+            "embed": lambda: pipeline.embed(pictures),
+            "match": lambda: pipeline.match([(one, Text("a red cat")) for one in pictures]),
+        }
+        task = asyncio.ensure_future(ask[kind]())
+        await asyncio.sleep(0)
+        for _ in pictures:
+            assert await asyncio.to_thread(queued.acquire, timeout=WAIT_S)
+        task.cancel()
+        await asyncio.wait({task})
+        return [weakref.ref(one) for one in pictures]
+
+    gone = asyncio.run(scenario())
+    gc.collect()
+    assert [one() for one in gone] == [None, None, None]
+    opened.set()
+    pipeline.close()
+    decoders.close()
+
+
 def test_texts_that_are_kept_are_answered_though_the_queue_is_full(pipeline):
     kept = embed(pipeline, Text("a cat"), Text("a dog")).rows()
     full = pipeline.batcher.admit(20)

@@ -2,6 +2,7 @@
 
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -197,6 +198,30 @@ def test_it_is_noticed_without_being_looked_for():
     assert isinstance(hung.results[0], ModelFailed)
     gate.opened.set()
     pool.close()
+
+
+class Held:
+    """What a task holds on to."""
+
+    def __call__(self) -> None:
+        raise AssertionError("nobody waits for this")
+
+
+def test_what_is_for_a_job_that_is_over_is_forgotten_and_not_kept_again(pool):
+    _, gate = hold(pool)
+    over, other, tasks = job(2), job(), [Held() for _ in range(3)]
+    gone = [weakref.ref(task) for task in tasks]
+    for index in range(2):
+        pool.submit(over, [index], tasks.pop())
+        over.settle(index, "abandoned")
+    pool.submit(other, [0], lambda: other.settle(0, "done"))
+    assert [one() is None for one in gone] == [False, False, False]
+    pool.drop(over)
+    pool.submit(over, [0], tasks.pop())
+    assert [one() for one in gone] == [None, None, None]
+    gate.opened.set()
+    other.done.result(WAIT_S)
+    assert over.results == ["abandoned", "abandoned"]
 
 
 def test_closing_settles_what_waits_and_refuses_the_rest(pool):
