@@ -83,6 +83,12 @@ def match_pairs(
     return torch.cat(logits)
 
 
+def probability(logits: np.ndarray) -> float:
+    """That picture and text belong together, of a pair's logits (2,)."""
+    no, yes = logits.astype(np.float64)
+    return float(np.exp(-np.logaddexp(0, no - yes)))
+
+
 def check_fusion(model: "Model") -> None:
     """ConfigError if the model cannot read a picture and a text together."""
     if not model.has_fusion:

@@ -34,6 +34,7 @@ class Pair(NamedTuple):
     pixels: Tensor
     """(3, H, W); the same tensor in all pairs of one picture"""
     text: TextRow
+    """the same object in all pairs of one text"""
 
 
 class Encoder:
@@ -65,27 +66,32 @@ class Encoder:
 
     @torch.inference_mode()
     def match(self, pairs: Sequence[Pair]) -> np.ndarray:
-        """(N,) how likely picture and text of each pair belong together. Each picture is encoded
-        once, and its pairs follow one another, which is what `match_pairs` is fast at."""
+        """(N, 2) matching logits, column 1 for "together". Each picture and each text is encoded
+        once, and a picture's pairs follow one another, which is what `match_pairs` is fast at."""
         model = self._model
         pictures = {id(pair.pixels): pair.pixels for pair in pairs}
-        places = {picture: place for place, picture in enumerate(pictures)}
-        order = sorted(range(len(pairs)), key=lambda i: places[id(pairs[i].pixels)])
+        texts = {id(pair.text): pair.text for pair in pairs}
+        picture_places, text_places = _places(pictures), _places(texts)
+        of_pairs = [(picture_places[id(p.pixels)], text_places[id(p.text)]) for p in pairs]
+        order = sorted(range(len(pairs)), key=lambda i: of_pairs[i])
         pixels = model.transform.normalize(torch.stack(list(pictures.values())).to(model.device))
         image_states, _ = model.network.encode_image_states(pixels.to(model.dtype))
-        ids = self._join([pairs[i].text for i in order]).to(model.device)
+        ids = self._join(list(texts.values())).to(model.device)
         text_states, _ = model.network.encode_text_states(ids)
-        rows = torch.tensor([(places[id(pairs[i].pixels)], row) for row, i in enumerate(order)])
-        logits = match_pairs(model, image_states, text_states, ids, rows)
-        probabilities = np.empty(len(pairs), dtype=np.float32)
-        probabilities[order] = to_numpy(logits.softmax(dim=1)[:, 1])
-        return probabilities
+        rows = torch.tensor([of_pairs[i] for i in order])
+        logits = np.empty((len(pairs), 2), dtype=np.float32)
+        logits[order] = to_numpy(match_pairs(model, image_states, text_states, ids, rows))
+        return logits
 
     def _join(self, rows: Sequence[TextRow]) -> Tensor:
         ids = torch.stack([row.ids for row in rows])  # (N, T)
         if not self._model.can_cut_text:
             return ids
         return Tokens(ids, [row.length for row in rows], []).cut()
+
+
+def _places(objects: Mapping[int, object]) -> dict[int, int]:
+    return {key: place for place, key in enumerate(objects)}
 
 
 def _call(functions: Sequence[Callable[[], Any]]) -> list[Any]:

@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from clipserve.decoding import decode, decoding_bytes
 from clipserve.embed import precision, stage
 from clipserve.images import make_thumbnail, read_header
+from clipserve.match import probability
 from clipserve.model import Model
 from clipserve.transforms import Decoded
 from service.batching import Batcher, Job, Kind, Observer
@@ -31,8 +32,6 @@ from service.inputs import Input, Picture, Text
 from service.pool import Pool
 from service.scheduler import Priority
 from service.settings import Settings
-
-T = TypeVar("T")
 
 _TEXTS_AT_ONCE = 8
 _TURN_S = 0.02
@@ -63,9 +62,14 @@ class Embedded:
 class Matched:
     """The answers for N pairs of a picture and a text, in order."""
 
-    probabilities: list[float | Exception]
-    """that the two belong together, or the error that stopped this pair"""
+    logits: list[np.ndarray | Exception]
+    """(2,), the second one for that the two belong together, or the error that stopped this pair"""
     truncated: list[bool]
+
+    @property
+    def probabilities(self) -> list[float | Exception]:
+        """That the two belong together, or the error that stopped this pair."""
+        return [one if isinstance(one, Exception) else probability(one) for one in self.logits]
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,19 +166,7 @@ class Pipeline:
             await asyncio.wrap_future(job.done)
         finally:
             self._leave(job)
-        found = [one if isinstance(one, Exception) else float(one) for one in job.results]
-        return Matched(found, truncated)
-
-    async def run(self, function: Callable[[], T], *, priority: Priority = "interactive") -> T:
-        """What the function returns or raises, called on the model's thread, between batches."""
-        job = self.batcher.admit(1, priority=priority)
-        try:
-            self.batcher.put(job, "call", [(0, lambda: (function(),))], priority)
-            await asyncio.wrap_future(job.done)
-        finally:
-            self.batcher.abandon(job)
-        result: T = _returned(job)
-        return result
+        return Matched(list(job.results), truncated)
 
     def warm_up(self) -> None:
         """Batches of the sizes that matter, then a picture and a text through the queue, so that no
@@ -356,12 +348,13 @@ class Pipeline:
         priority: Priority,
     ) -> None:
         """Then one task for each different picture decodes it and queues its pairs."""
-        tokens = self._model.tokenizer([text.text for _, text in pairs])
+        places = {text: place for place, text in enumerate(dict.fromkeys(t for _, t in pairs))}
+        tokens = self._model.tokenizer([text.text for text in places])
+        rows = [TextRow(*row) for row in zip(tokens.ids, tokens.lengths, strict=True)]
         texts_of: dict[Picture, dict[int, TextRow]] = {}
-        for index, (picture, _) in enumerate(pairs):
-            text = TextRow(tokens.ids[index], tokens.lengths[index])
-            texts_of.setdefault(picture, {})[index] = text
-            truncated[index] = tokens.truncated[index]
+        for index, (picture, text) in enumerate(pairs):
+            texts_of.setdefault(picture, {})[index] = rows[places[text]]
+            truncated[index] = tokens.truncated[places[text]]
         for picture, texts in texts_of.items():
             decode_pairs = partial(self._decode_pairs, job, picture, texts, priority)
             self._decoders.submit(job, list(texts), decode_pairs, priority)

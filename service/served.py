@@ -7,7 +7,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,13 +17,13 @@ import numpy as np
 from clipserve.checkpoint import MANIFEST
 from clipserve.config import RerankScore
 from clipserve.embed import describe_precision
-from clipserve.errors import ClipserveError, CollectionClosed
+from clipserve.errors import ClipserveError, CollectionClosed, ImageError
 from clipserve.model import Model
 from clipserve.prompts import fill, head_from_prompts, load_templates
 from index.collection import Collection
 from index.database import is_writable
 from index.maintain import Maintainer
-from index.rerank import Reranked, rerank
+from index.rerank import candidates, reorder, warn_unread
 from index.search import Hit, Searcher
 from service.errors import Forbidden, RequestError
 from service.heads import Head, HeadCache, digest
@@ -63,6 +63,7 @@ class ServedModel:
         label_bytes = 4 * model.embed_dim + _NAME_BYTES
         self._heads = HeadCache(settings.max_cached_labels * label_bytes, pipeline.observer)
         self._settings = settings
+        self._logit_scale = model.logit_scale.item()  # once: on a GPU it waits for the batch
 
     @property
     def precision(self) -> str:
@@ -93,6 +94,34 @@ class ServedModel:
         if len(pairs) < len(images):
             raise RequestError("a pair is a picture and a text, in this order", param="images")
         return await self.pipeline.match(pairs)
+
+    async def rerank(
+        self,
+        texts: Sequence[str],
+        hits: Sequence[Sequence[Hit]],
+        pictures: Mapping[str, bytes],
+        *,
+        k_test: int = 16,
+        score: RerankScore = "matching+contrastive",
+    ) -> list[list[Hit]]:
+        """As `index.rerank.rerank`, from small pictures by id, through the queue: other requests
+        come between, and what nobody waits for any more is not read."""
+        self.check_fusion()
+        found = candidates(hits, k_test)
+        keys = [(row, id) for id in pictures for row in found.get(id, ())]
+        kept = {id: Picture(jpeg) for id, jpeg in pictures.items()}
+        pairs = [(kept[id], Text(texts[row])) for row, id in keys]
+        matched = await self.pipeline.match(pairs)
+        logits = {}
+        for (row, id), one in zip(keys, matched.logits, strict=True):
+            if isinstance(one, ImageError):
+                warn_unread(id, one)
+            elif isinstance(one, Exception):
+                raise one
+            else:
+                logits[row, id] = one
+        scale = self._logit_scale
+        return reorder(hits, logits, k_test=k_test, score=score, logit_scale=scale)
 
     def check_fusion(self) -> None:
         """RequestError for a model that does not read texts and pictures together."""
@@ -142,13 +171,10 @@ class ServedCollection:
         self._is_leaving = False
         self._in_store: set[Future[Any]] = set()
         self._read_only = settings.read_only
-        self._patience_s = settings.max_batch_s
         self._running = contextlib.ExitStack()
         self._running.callback(searcher.close)
         self._by_field = {searcher.field: searcher}
         self._lock = threading.Lock()
-        self._num_reading = 0
-        self._is_idle = threading.Condition()
         self._rebuilding: threading.Thread | None = None
         if settings.rebuild_indexes and is_writable(searcher.collection.path):
             self._running.enter_context(Maintainer(searcher))
@@ -181,7 +207,8 @@ class ServedCollection:
     def searcher_of(self, field: str) -> Searcher:
         """Over the vectors of "image" or "text"; opened at its first use, which reads them."""
         with self._lock:
-            self._check_open()
+            if self.is_closed:
+                raise CollectionClosed(f"collection {self.name!r} is closed")
             if field not in self._by_field:
                 made = Searcher(
                     self.collection.path, fingerprint=self.model.fingerprint, field=field
@@ -202,34 +229,10 @@ class ServedCollection:
             self._rebuilding = threading.Thread(target=self._rebuild, name=name, daemon=True)
             self._rebuilding.start()
 
-    async def rerank(
-        self,
-        texts: Sequence[str],
-        hits: Sequence[Sequence[Hit]],
-        *,
-        k_test: int = 16,
-        score: RerankScore = "matching+contrastive",
-    ) -> Reranked:
-        """`index.rerank.rerank` on the model's thread, where it does not fight with a batch for the
-        processors. CollectionClosed if the collection was dropped before its turn came."""
-        served = self.model
-        served.check_fusion()
-
-        def work() -> Reranked:
-            with self._reading():
-                return rerank(
-                    served.model, texts, hits, self.collection, k_test=k_test, score=score
-                )
-
-        return await served.pipeline.run(work)
-
     def close(self) -> None:
-        """Nobody may be searching any more. A re-ranking that has begun is waited for, but no
-        longer than a model's thread is."""
+        """Nobody may be searching any more."""
         with self._lock:
             self.is_closed = True
-        with self._is_idle:
-            self._is_idle.wait_for(lambda: not self._num_reading, self._patience_s)
         self._running.close()
 
     def _rebuild(self) -> None:
@@ -246,23 +249,6 @@ class ServedCollection:
                 error,
                 exc_info=None if is_ours else error,
             )
-
-    @contextlib.contextmanager
-    def _reading(self) -> Iterator[None]:
-        """The collection stays open; CollectionClosed if it is closed already."""
-        with self._is_idle:
-            self._check_open()
-            self._num_reading += 1
-        try:
-            yield
-        finally:
-            with self._is_idle:
-                self._num_reading -= 1
-                self._is_idle.notify_all()
-
-    def _check_open(self) -> None:
-        if self.is_closed:
-            raise CollectionClosed(f"collection {self.name!r} is closed")
 
 
 def _written(path: Path | None) -> int:

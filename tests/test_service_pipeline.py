@@ -387,17 +387,6 @@ def test_padding_of_texts_is_told(pipeline, observer):
     assert observer.paddings == [pytest.approx(1 - (3 + 7) / 14)]
 
 
-def test_a_call_runs_on_the_models_thread_and_raises_what_it_raises(pipeline):
-    async def scenario():
-        name = await pipeline.run(lambda: threading.current_thread().name)
-        nothing = await pipeline.run(lambda: None)
-        with pytest.raises(KeyError):
-            await pipeline.run(lambda: {}["x"])
-        return name, nothing
-
-    assert asyncio.run(scenario()) == ("tiny", None)
-
-
 def test_pairs_are_matched_as_the_model_matches_them(tmp_path, pool, observer):
     albef = tiny_albef(tmp_path)
     pipeline = Pipeline(albef, load_settings(max_image_batch=3), pool, observer, "albef")
@@ -449,8 +438,10 @@ def test_killing_the_models_thread_costs_one_request(pipeline, observer):
     def die() -> None:
         raise SystemExit
 
-    with pytest.raises(ModelFailed):
-        asyncio.run(pipeline.run(die))
+    job = pipeline.batcher.admit(1)
+    pipeline.batcher.put(job, "call", [(0, die)])
+    job.done.result(WAIT_S)
+    assert isinstance(job.results[0], ModelFailed)
     assert embed(pipeline, Text("a cat")).rows().shape == (1, 16)
     assert observer.count["restart"] == 1
 

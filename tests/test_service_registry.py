@@ -6,20 +6,22 @@ import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
-from albefs import tiny_albef
+from albefs import decided_albef
 from conftest import encode, make_picture, needs_int8
 
 import clipserve
 from clipserve import checkpoint
+from clipserve.config import RerankScore
 from clipserve.errors import CollectionClosed, ConfigError, DiskFull, IndexStoreError
 from clipserve.images import make_thumbnail
 from clipserve.model import create
 from index.collection import Collection, Item
-from index.rerank import rerank
+from index.rerank import candidates, pictures_of, rerank
 from service.errors import (
     Forbidden,
     ModelFailed,
@@ -220,31 +222,40 @@ def test_a_model_without_fusion_layers_matches_nothing(registry, model_dir):
     assert refused.value.code == "no_matching"
 
 
-def test_an_albef_matches_and_orders_hits_anew_on_its_own_thread(registry, tmp_path):
-    checkpoint.save(tiny_albef(tmp_path), tmp_path / "albef", name="albef")
+@pytest.mark.parametrize("score", get_args(RerankScore))
+def test_an_albef_matches_and_orders_hits_as_the_command_does(tmp_path, score, caplog):
+    checkpoint.save(decided_albef(tmp_path), tmp_path / "albef", name="albef")
+    registry = Registry(load_settings(device="cpu", max_image_batch=3))
     served = registry.add_model(load(tmp_path / "albef"))
-    pictures = [make_picture(seed=i) for i in range(4)]
+    pictures, texts = [make_picture(seed=i) for i in range(8)], ["a red cat", "two dogs"]
     path = make_collection(tmp_path / "c", served.fingerprint)
+    thumbnails: list[bytes | None] = [make_thumbnail(picture) for picture in pictures]
+    thumbnails[2:4] = None, make_thumbnail(pictures[3])[:100]
     with Collection.open(path) as collection:
-        items = [Item(str(i)) for i in range(4)]
-        thumbnails = [make_thumbnail(picture) for picture in pictures]
+        items = [Item(str(i)) for i in range(8)]
         collection.upsert(items, served.model.embed_images(pictures), thumbnails)
     found = registry.add_collection(path)
-    query = served.model.embed_texts(["a red cat"])
-    hits = found.searcher.search(query, 4)
+    hits = found.searcher.search(served.model.embed_texts(texts), 8)
+    kept = pictures_of(found.collection, candidates(hits, 7))
 
     async def scenario():
         images = [Picture(encode(picture)) for picture in pictures]
         return (
-            await served.match(images, [Text("a red cat")] * 4),
-            await found.rerank(["a red cat"], hits, score="matching"),
+            await served.match(images, [Text("a red cat")] * 8),
+            await served.rerank(texts, hits, kept, k_test=7, score=score),
         )
 
     matches, reranked = asyncio.run(scenario())
-    want = served.model.match(pictures, ["a red cat"] * 4)
+    assert "picture kept of item '3' is not matched" in caplog.text
+    want = served.model.match(pictures, ["a red cat"] * 8)
     np.testing.assert_allclose(matches.probabilities, want, atol=1e-5)
-    want = rerank(served.model, ["a red cat"], hits, found.collection, score="matching")
-    assert [hit.id for hit in reranked.hits[0]] == [hit.id for hit in want.hits[0]]
+    want = rerank(served.model, texts, hits, found.collection, k_test=7, score=score)
+    assert reranked != hits
+    for one, other in zip(reranked, want.hits, strict=True):
+        assert [hit.id for hit in one] == [hit.id for hit in other]
+        matching = [[hit.matching or -1 for hit in own] for own in (one, other)]
+        np.testing.assert_allclose(*matching, atol=1e-5)
+    registry.close()
 
 
 def test_a_collection_is_made_off_the_event_loop(rooted, monkeypatch):

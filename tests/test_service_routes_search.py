@@ -2,7 +2,7 @@
 
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import pytest
 from albefs import tiny_albef
 from conftest import make_picture
 from served import COUNT, World, b64, check_hits, check_refusal, error, post_json, serving
+from torch import Tensor
 
 from clipserve import checkpoint
 from clipserve.images import make_thumbnail
@@ -206,91 +207,109 @@ def test_reranked_hits_are_in_the_order_of_the_matching_head(albef_world: World)
 
 @pytest.fixture
 def dropping(tmp_path: Path, albef_world: World) -> Iterator[World]:
-    """The same, with a collection that may be dropped."""
+    """The same, with a collection that may be dropped, and batches of five."""
     model_path = albef_world.registry.model("albef").path
     assert model_path is not None
-    with serving(tmp_path, model_path, load_settings(collections_root=tmp_path)) as world:
+    settings = load_settings(collections_root=tmp_path, max_image_batch=5)
+    with serving(tmp_path, model_path, settings) as world:
         yield world
 
 
-class Held:
-    """`index.rerank.rerank` on the model's thread, which stops before it until `go_on` is set."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.has_begun, self.go_on = threading.Event(), threading.Event()
-        monkeypatch.setattr("service.served.rerank", self)
-
-    def __call__(self, *given: Any, **options: Any) -> Any:
-        self.has_begun.set()
-        assert self.go_on.wait(WAIT_S)
-        self.result = rerank(*given, **options)
-        return self.result
+RERANKED = {"text": "a red cat on a mat", "rerank": True, "k_test": COUNT}
 
 
-RERANKED = {"text": "a red cat on a mat", "rerank": True}
+class Busy:
+    """The model's thread, until it is let go; from then on the kinds and sizes of its batches."""
+
+    def __init__(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+        world.post("/v1/embeddings", input=RERANKED["text"])  # the text's vector is kept
+        pipeline = world.registry.model("albef").pipeline
+        self._batcher, begun, self._let_go = pipeline.batcher, threading.Event(), threading.Event()
+        self._queued = threading.Semaphore(0)
+        self.batches: list[tuple[str, int]] = []
+
+        def work() -> tuple[None]:
+            begun.set()
+            assert self._let_go.wait(WAIT_S)
+            return (None,)
+
+        self._batcher.put(self._batcher.admit(1), "call", [(0, work)])
+        assert begun.wait(WAIT_S)
+        put, batch = self._batcher.put, pipeline.observer.batch
+
+        def noticed_put(job: Any, kind: str, items: list[Any], *rest: Any) -> None:
+            put(job, kind, items, *rest)
+            for _ in items:
+                self._queued.release()
+
+        def noticed_batch(kind: str, size: int, *times: float) -> None:
+            self.batches.append((kind, size))
+            batch(kind, size, *times)
+
+        monkeypatch.setattr(self._batcher, "put", noticed_put)
+        monkeypatch.setattr(pipeline.observer, "batch", noticed_batch)
+
+    def wait_for(self, count: int) -> None:
+        """Until so many items more are in the queue."""
+        for _ in range(count):
+            assert self._queued.acquire(timeout=WAIT_S)
+
+    def let_go(self) -> None:
+        self._let_go.set()
 
 
-def test_a_collection_is_not_closed_under_a_reranking(dropping: World, monkeypatch):
-    held, closing, is_idle = Held(monkeypatch), threading.Event(), []
-    served = dropping.registry.collections["toys"]
-    wait_for = served._is_idle.wait_for
-
-    def noticed(predicate: Callable[[], bool], timeout: float) -> bool:
-        is_idle.append(predicate())
-        closing.set()
-        return wait_for(predicate, timeout)
-
-    monkeypatch.setattr(served._is_idle, "wait_for", noticed)
+def test_other_requests_come_between_the_pairs_of_a_reranking(dropping: World, monkeypatch):
+    want = ids(dropping.post("/v1/search", **RERANKED))
+    busy = Busy(dropping, monkeypatch)
     with ThreadPoolExecutor(2) as pool:
         search = pool.submit(dropping.post, "/v1/search", **RERANKED)
-        assert held.has_begun.wait(WAIT_S)
-        drop = pool.submit(dropping.client.delete, "/v1/collections/toys")
-        assert closing.wait(WAIT_S)
-        held.go_on.set()
-        assert drop.result().status_code == 200
-    assert is_idle == [False]
-    assert held.result.hits
-    check_refusal(search.result(), 404, "dropped")
-    assert dropping.post("/v1/embeddings", input="x").status_code == 200
+        busy.wait_for(COUNT)
+        other = pool.submit(dropping.post, "/v1/embeddings", input="a dog")
+        busy.wait_for(1)
+        busy.let_go()
+    assert ids(search.result()) == want
+    assert other.result().status_code == 200
+    assert busy.batches == [("call", 1), ("match", 5), ("text", 1), ("match", 5), ("match", 2)]
+
+
+def test_a_reranking_that_nobody_waits_for_goes_no_further(dropping: World, monkeypatch):
+    network, encoded, go_on = dropping.model.network, [], threading.Event()
+    encode_states = network.encode_image_states
+
+    def slow(pixels: Tensor) -> Any:
+        encoded.append(len(pixels))
+        assert go_on.wait(WAIT_S)
+        return encode_states(pixels)
+
+    monkeypatch.setattr(network, "encode_image_states", slow)
+    in_time = {"X-Request-Timeout": "0.5"}
+    search = dropping.client.post("/v1/search", json=RERANKED, headers=in_time)
+    assert search.status_code == 504
+    go_on.set()
+    assert dropping.post("/v1/embeddings", input="a dog").status_code == 200
+    assert encoded == [5]
 
 
 def test_a_reranking_of_a_collection_that_was_dropped_meanwhile_is_a_404(
     dropping: World, monkeypatch
 ):
-    batcher = dropping.registry.model("albef").pipeline.batcher
-    is_busy, is_queued, go_on = threading.Event(), threading.Event(), threading.Event()
-
-    def work() -> tuple[None]:
-        is_busy.set()
-        assert go_on.wait(WAIT_S)
-        return (None,)
-
-    dropping.post("/v1/embeddings", input=RERANKED["text"])  # the text's vector is kept
-    batcher.put(batcher.admit(1), "call", [(0, work)])
-    assert is_busy.wait(WAIT_S)
-    put = batcher.put
-
-    def noticed(*given: Any) -> None:
-        put(*given)
-        is_queued.set()
-
-    monkeypatch.setattr(batcher, "put", noticed)
+    busy = Busy(dropping, monkeypatch)
     with ThreadPoolExecutor(1) as pool:
         search = pool.submit(dropping.post, "/v1/search", **RERANKED)
-        assert is_queued.wait(WAIT_S)
+        busy.wait_for(COUNT)
         assert dropping.client.delete("/v1/collections/toys").status_code == 200
-        go_on.set()
+        busy.let_go()
     check_refusal(search.result(), 404, "dropped")
 
 
 def test_a_reranking_goes_on_with_the_model_it_began_with(dropping: World, monkeypatch):
     want = ids(dropping.post("/v1/search", **RERANKED))
-    held = Held(monkeypatch)
+    busy = Busy(dropping, monkeypatch)
     with ThreadPoolExecutor(1) as pool:
         search = pool.submit(dropping.post, "/v1/search", **RERANKED)
-        assert held.has_begun.wait(WAIT_S)
+        busy.wait_for(COUNT)
         assert dropping.post("/v1/models/albef:reload").status_code == 200
-        held.go_on.set()
+        busy.let_go()
     assert ids(search.result()) == want
     assert ids(dropping.post("/v1/search", **RERANKED)) == want
 

@@ -11,6 +11,7 @@ from starlette.responses import Response
 from clipserve.errors import IndexStoreError
 from index import query as mixing
 from index.filters import Filter, parse
+from index.rerank import candidates, pictures_of
 from index.search import Hit, Searcher
 from service.bodies import read
 from service.errors import NotFound, RequestError, at
@@ -92,7 +93,7 @@ async def search(request: Request, registry: ServedRegistry) -> Response:
     vectors = await _resolve(asked, searcher, served, registry)
     hits = await registry.in_store(served, _find, body, filter, asked, vectors, searcher)
     if body.rerank:
-        hits = await _rerank(body, asked, hits, served)
+        hits = await _rerank(body, asked, hits, served, registry)
     found = await registry.in_store(served, _complete, hits, body.with_vectors, searcher)
     size = sum(len(own) for own in found.hits) * (8 + body.with_vectors * vectors.shape[1])
     return await written(registry.pool, size, lambda: _reply(request, body, asked, found, served))
@@ -293,11 +294,18 @@ def _find(
 
 
 async def _rerank(
-    body: SearchRequest, asked: Sequence[_Asked], hits: list[list[Hit]], served: ServedCollection
+    body: SearchRequest,
+    asked: Sequence[_Asked],
+    hits: list[list[Hit]],
+    served: ServedCollection,
+    registry: Registry,
 ) -> list[list[Hit]]:
     texts = [one.terms[0].value.text for one in asked if isinstance(one.terms[0].value, Text)]
-    again = await served.rerank(texts, hits, k_test=body.k_test, score=body.rerank_score)
-    return [own[body.offset : body.offset + body.k] for own in again.hits]
+    ids = candidates(hits, body.k_test)
+    pictures = await registry.in_store(served, pictures_of, served.collection, ids)
+    model, k_test = served.model, body.k_test
+    again = await model.rerank(texts, hits, pictures, k_test=k_test, score=body.rerank_score)
+    return [own[body.offset : body.offset + body.k] for own in again]
 
 
 def _complete(hits: list[list[Hit]], with_vectors: bool, searcher: Searcher) -> _Found:
