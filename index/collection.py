@@ -321,6 +321,11 @@ class Collection:
         """Row number -> thumbnail, of the live rows that have one."""
         return dict(self._select_by_rowid("SELECT rowid, jpeg FROM thumbnails", rowids))
 
+    def thumbnail_sizes_of(self, rowids: np.ndarray) -> dict[int, int]:
+        """Row number -> bytes of the thumbnail, of the live rows that have one; none is read."""
+        query = "SELECT rowid, octet_length(jpeg) FROM thumbnails"
+        return dict(self._select_by_rowid(query, rowids))
+
     def rowids_of(self, ids: Iterable[str]) -> dict[str, int]:
         """Id -> row number, of those ids that are there."""
         return dict(self._select_by_id("id, rowid", list(ids)))

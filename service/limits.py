@@ -9,6 +9,7 @@ body.
 
 import asyncio
 import math
+import threading
 import time
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -35,7 +36,7 @@ in memory, counted by nobody"""
 
 
 class ClientGone(Exception):
-    """The connection closed before the body was complete."""
+    """Nobody waits for an answer: the connection closed, or the time was up."""
 
 
 class Load:
@@ -43,6 +44,7 @@ class Load:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        self._lock = threading.Lock()
         self.requests = 0
         self.bytes = 0
 
@@ -54,13 +56,14 @@ class Load:
             )
 
     def add(self, size: int) -> None:
-        """Overloaded if so many bytes more are too many."""
-        if self.bytes + size > self._settings.max_inflight_bytes:
-            raise Overloaded(
-                "too many bytes of requests and answers are being served; come back later, or ask"
-                " for less at once"
-            )
-        self.bytes += size
+        """Overloaded if so many bytes more are too many; fewer never are. From any thread."""
+        with self._lock:
+            if size > 0 and self.bytes + size > self._settings.max_inflight_bytes:
+                raise Overloaded(
+                    "too many bytes of requests and answers are being served; come back later, or"
+                    " ask for less at once"
+                )
+            self.bytes += size
 
 
 class RequestLimits:
@@ -83,7 +86,7 @@ class RequestLimits:
                 load.check_requests()
             seconds = self._check_headers(scope, held)
             body = await self._read_body(receive, held)
-            notes().hold = held.add
+            notes().hold, notes().expect = held.add, held.expect
             if seconds < self._settings.request_timeout_s:  # which the client asked for
                 notes().deadline_s = time.monotonic() + seconds
             await self._run(scope, receive, _Answer(send, held), body, seconds)
@@ -93,7 +96,7 @@ class RequestLimits:
             return
         finally:
             load.requests -= 1
-            load.bytes -= held.size
+            held.give_back()
 
     def _check_headers(self, scope: Scope, held: "_Held") -> float:
         """RequestError for a request that no route would read; how long its answer may take."""
@@ -153,16 +156,20 @@ class RequestLimits:
 
 
 class _Held:
-    """The bytes that one request holds: its body, what is fetched for it, a large answer."""
+    """The bytes that one request holds: its body, what is fetched for it, and what its answer is
+    made from or, once it is there, a large answer."""
 
     def __init__(self, limit: int, load: Load) -> None:
         self._limit = limit
         self._load = load
-        self.size = 0
+        self._lock = threading.Lock()
+        self._body = 0
+        self._answer = 0
+        self._is_over = False
 
     def check(self, size: int) -> None:
         """BodyTooLarge if so many bytes more are too many for one request."""
-        if self.size + size > self._limit:
+        if self._body + size > self._limit:
             raise BodyTooLarge(
                 f"the body, with what is fetched for it, is larger than {self._limit} bytes; send"
                 " fewer or smaller items, or raise CLIPSERVE_MAX_BODY_BYTES"
@@ -170,11 +177,29 @@ class _Held:
 
     def add(self, size: int) -> None:
         self.check(size)
-        self.add_answer(size)
-
-    def add_answer(self, size: int) -> None:
         self._load.add(size)
-        self.size += size
+        self._body += size
+
+    def expect(self, size: int) -> None:
+        """What is about to be read for the answer, or less again, from any thread. ClientGone where
+        that thread works for nobody any more."""
+        with self._lock:
+            if self._is_over:
+                raise ClientGone
+            self._load.add(size)
+            self._answer += size
+
+    def set_answer(self, size: int) -> None:
+        """The answer is there, and what it was made from is gone."""
+        with self._lock:
+            self._load.add(size - self._answer)
+            self._answer = size
+
+    def give_back(self) -> None:
+        """The request is over."""
+        with self._lock:
+            self._is_over = True
+            self._load.add(-self._body - self._answer)
 
 
 class _Answer:
@@ -208,8 +233,7 @@ class _Answer:
 
     def _count(self, size: int) -> None:
         try:
-            if size > _PIECE_BYTES:
-                self._held.add_answer(size)
+            self._held.set_answer(size if size > _PIECE_BYTES else 0)
         except Overloaded as error:
             self._refusal = error
 

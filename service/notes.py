@@ -22,6 +22,9 @@ class Notes:
     """pictures and texts that went to a model"""
     hold: Callable[[int], None] = lambda size: None
     """counts bytes that the request holds beside its body; raises when they are too many"""
+    expect: Callable[[int], None] = lambda size: None
+    """counts bytes that its answer is made from, before they are read, from any thread; raises when
+    all requests together hold too many"""
     deadline_s: float = math.inf
     """by time.monotonic: when its client stops waiting, if it said so"""
     seconds: dict[str, float] = field(default_factory=dict)

@@ -9,6 +9,7 @@ bodies, `decoders` decode pictures, and a third one, behind `in_store`, searches
 """
 
 import asyncio
+import contextvars
 import logging
 import re
 import shutil
@@ -211,9 +212,10 @@ class Registry:
     async def in_store(
         self, served: ServedCollection, function: Callable[..., T], *arguments: object
     ) -> T:
-        """Run a search or a write of the collection in its own pool, off the event loop.
-        CollectionClosed from when it is dropped."""
-        future = served.admit(lambda: self._store.submit(function, *arguments))
+        """Run a search or a write of the collection in its own pool, off the event loop, with the
+        request's notes. CollectionClosed from when it is dropped."""
+        run = contextvars.copy_context().run
+        future = served.admit(lambda: self._store.submit(run, function, *arguments))
         return await asyncio.wrap_future(future)
 
     def close(self) -> None:

@@ -14,34 +14,52 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from service.errors import RequestError
+from service.notes import notes
 from service.registry import ServedModel
 
 OCTETS = "application/octet-stream"
 NPY = "application/x-npy"
 MAX_ANSWER_BYTES = 64 * 2**20
-"""of what makes an answer large: labels, captions, metadata"""
+"""of what makes an answer large: labels, captions, metadata, small pictures"""
 
+_IN_MEMORY = 4
+"""times the bytes on disk, until the answer is written: of metadata 1 as text, 4 as a few numbers,
+7 as a long list of them; of a picture 4, with its base64 twice"""
+_HIT_BYTES = 700
+"""of a hit and its line in an answer, beside captions and metadata (measured, Python 3.11)"""
 _SMALL = 4096
 """numbers or objects that are written in less time than a pool takes to wake"""
 
 
 class Room:
-    """What still fits into one answer; `param` is what asks for less."""
+    """What still fits into one answer; `param` is what asks for less. It counts as in flight."""
 
     def __init__(self, param: str) -> None:
         self._param = param
-        self._size = 0
+        self.size = 0
+        """bytes that were taken"""
 
     def take(self, size: int) -> None:
-        """RequestError if so many bytes more, which nobody has read yet, are too many."""
-        self._size += size
-        if self._size > MAX_ANSWER_BYTES:
+        """RequestError if so many bytes more, which nobody has read yet, are too many; Overloaded
+        if all requests together hold too many."""
+        self.size += size
+        if self.size > MAX_ANSWER_BYTES:
             raise RequestError(
-                f"the answer would have {self._size} bytes of captions and metadata or more; at"
-                f" most {MAX_ANSWER_BYTES} are allowed: ask for less at once, by {self._param}",
+                f"the answer would have {self.size} bytes of captions, metadata and pictures or"
+                f" more; at most {MAX_ANSWER_BYTES} are allowed: ask for less at once, by"
+                f" {self._param}",
                 param=self._param,
                 code="answer_too_large",
             )
+        self.hold(_IN_MEMORY * size)
+
+    def take_hits(self, count: int) -> None:
+        """Overloaded if so many hits or items, beside their bytes, are too many."""
+        self.hold(_HIT_BYTES * count)
+
+    def hold(self, size: int) -> None:
+        """Overloaded if so many bytes more, beside the answer, are too many."""
+        notes().expect(size)
 
 
 def reply(

@@ -89,8 +89,8 @@ class Settings(BaseSettings):
     max_body_bytes: Count = 64 * 2**20
     """largest request body"""
     max_inflight_bytes: Count = 512 * 2**20
-    """bodies of all requests being served at once, and their answers over 64 KB; beyond it requests
-    get 429"""
+    """bodies of all requests being served at once, what they found, as it takes memory, and their
+    answers over 64 KB; beyond it requests get 429"""
     max_headers: Count = 100
     """header lines of one request; beyond it 431"""
     max_header_bytes: Count = 32 * 2**10

@@ -287,6 +287,7 @@ def test_what_belongs_to_rows_is_found_by_their_numbers(collection: Collection) 
     assert collection.ids_of(rows) == {1: "a", 2: "b"}
     assert collection.items_of(rows) == dict(zip((1, 2), items, strict=True))
     assert collection.thumbnails_of(rows) == {1: b"jpeg"}
+    assert collection.thumbnail_sizes_of(rows) == {1: 4}
     assert collection.rowids_of(["b", "none"]) == {"b": 2}
 
 

@@ -142,11 +142,22 @@ def test_a_body_that_is_not_json_is_an_error(world: Toys):
 
 
 def test_an_answer_that_is_too_large_is_refused(world: Toys, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(replies, "MAX_ANSWER_BYTES", 40)
+    six = {"text": "a", "num_images": 6, "num_result_ids": 6}
+    pictures = sum(len(base64.b64decode(hit["image"])) for hit in ask(world, **six).json())
+    monkeypatch.setattr(replies, "MAX_ANSWER_BYTES", pictures - 1)
     assert ask(world, text="a", num_images=1).status_code == 200
-    refused = ask(world, text="a", num_images=6, num_result_ids=6)
+    refused = ask(world, **six)
     assert (refused.status_code, refused.json()["error"]["code"]) == (400, "answer_too_large")
+    monkeypatch.setattr(replies, "MAX_ANSWER_BYTES", 40)
     ids = ["toy/1"]
     assert world.client.post("/metadata", json={"ids": ids}).status_code == 200
     refused = world.client.post("/metadata", json={"ids": ids * 20})
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "ids")
+
+
+def test_pictures_that_are_found_count_as_in_flight(tmp_path: Path, model_dir: Path):
+    with toys(tmp_path, model_dir, max_inflight_bytes=20_000) as small:
+        six = {"text": "a", "num_images": 6, "num_result_ids": 6}
+        assert ask(small, **six | {"num_images": 1}).status_code == 200
+        assert ask(small, **six).status_code == 429
+        assert "clipserve_inflight_bytes 0.0" in small.client.get("/metrics").text

@@ -11,8 +11,8 @@ import orjson
 import pytest
 from starlette.responses import PlainTextResponse
 
-from service.errors import BodyTooLarge, error_response
-from service.limits import Load, RequestLimits
+from service.errors import BodyTooLarge, Overloaded, error_response
+from service.limits import ClientGone, Load, RequestLimits
 from service.notes import notes, start
 from service.settings import Settings
 
@@ -215,6 +215,49 @@ def test_what_a_request_fetches_counts_as_its_body():
     status, body, held, requests = asyncio.run(scenario())
     assert (status, code(body)) == (413, "body_too_large")
     assert (held, requests) == (0, 0)
+
+
+def test_what_an_answer_is_made_from_is_in_flight_until_the_answer_is_there():
+    settings, seen = Settings(max_inflight_bytes=100_000), []
+    load = Load(settings)
+
+    async def read(scope, receive, send) -> None:
+        expect = notes().expect
+        for size in (90_000, -50_000):
+            await asyncio.to_thread(expect, size)
+            seen.append(load.bytes)
+        with pytest.raises(Overloaded):
+            await asyncio.to_thread(expect, 60_000)
+        await send_bytes(70_000)(scope, receive, send)
+        seen.append(load.bytes)
+
+    async def scenario() -> int | None:
+        start("id")
+        limits = RequestLimits(read, settings, load)
+        return (await _call(limits, [chunk(10, more=False)]))[0]
+
+    assert asyncio.run(scenario()) == 200
+    assert seen == [90_010, 40_010, 10 + len(letters(70_000))]
+    assert load.bytes == 0
+
+
+def test_a_thread_that_reads_for_a_request_that_is_over_reads_no_more():
+    settings = Settings(request_timeout_s=0.02)
+    load, expect = Load(settings), []
+
+    async def slow(scope, receive, send) -> None:
+        expect.append(notes().expect)
+        notes().expect(50)
+        await asyncio.Event().wait()
+
+    async def scenario() -> int | None:
+        start("id")
+        return (await _call(RequestLimits(slow, settings, load), [chunk(10, more=False)]))[0]
+
+    assert asyncio.run(scenario()) == 504
+    with pytest.raises(ClientGone):
+        expect[0](100)
+    assert load.bytes == 0
 
 
 def test_a_client_that_leaves_cancels_its_route():

@@ -438,3 +438,32 @@ def test_an_answer_that_is_too_large_is_refused_before_it_is_read(
     collection = own_world.registry.collections["toys"].collection
     monkeypatch.setattr(collection, "items_of", None)
     assert own_world.post("/v1/search", batch=[{"text": "a"}] * 4).status_code == 400
+
+
+def test_a_search_reads_the_collection_in_one_turn(world: World, monkeypatch):
+    store, turns = world.registry._store, []
+    submit = store.submit
+
+    def noticed(*work: Any) -> Any:
+        turns.append(work)
+        return submit(*work)
+
+    monkeypatch.setattr(store, "submit", noticed)
+    ask = [{"id": "toys/1"}, {"text": "a cat"}]
+    response = world.post("/v1/search", batch=ask, with_vectors=True, filter={"even": True})
+    assert response.status_code == 200
+    assert len(turns) == 1
+
+
+def test_what_is_found_counts_as_in_flight(tmp_path: Path, model_dir: Path):
+    settings = load_settings(max_inflight_bytes=100_000, rebuild_indexes=False)
+    with serving(tmp_path, model_dir, settings) as world:
+        large = [{"id": f"large {i}", "text": "a", "metadata": {"x": "y" * 9000}} for i in range(3)]
+        world.put("/v1/collections/toys/items", items=large)
+        ask = {"text": "a", "field": "text"}
+        assert world.post("/v1/search", **ask, k=2).status_code == 200
+        for too_much in ({"k": 3}, {"k": 150}):
+            response = world.post("/v1/search", **ask, **too_much)
+            check_refusal(response, 429, "ask for less at once")
+        told = world.client.get("/metrics").text
+        assert "clipserve_inflight_bytes 0.0" in told

@@ -6,6 +6,7 @@ aesthetic score; asking for them changes nothing, as in a back end that was star
 
 import base64
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -55,23 +56,32 @@ class MetadataRequest(Lenient):
     indice_name: str | None = None
 
 
+@dataclass(frozen=True)
+class _Found:
+    """The hits of a query, and what is told of the first `num_images` of them, by id."""
+
+    hits: list[Hit]
+    items: dict[str, Item]
+    pictures: dict[str, bytes]
+    generation: int
+
+
 @router.post("/knn-service", openapi_extra=docs(KnnRequest))
 async def knn_service(request: Request, registry: ServedRegistry) -> Response:
     """The nearest items, best first."""
     body = await parse_json(request, KnnRequest, await request.body())  # ClipClient names no type
     served = registry.collection(body.indice_name)
     vector, truncated = await _embed(registry, served, body)
-    hits, items, pictures = await registry.in_store(served, _search, served, body, vector)
-    generation = await registry.in_store(served, served.collection.generation)
+    found = await registry.in_store(served, _search, served, body, vector)
     content = []
-    for hit in hits:
-        found: dict[str, Any] = {}
-        if hit.id in items:
-            url = image_url(request, served.name, hit.id, generation)
-            found = _metadata(items[hit.id], str(request.base_url)[:-1] + url)
-            if hit.id in pictures:
-                found.setdefault("image", base64.b64encode(pictures[hit.id]).decode("ascii"))
-        content.append(found | {"id": hit.id, "similarity": hit.score})
+    for hit in found.hits:
+        line: dict[str, Any] = {}
+        if hit.id in found.items:
+            url = image_url(request, served.name, hit.id, found.generation)
+            line = _metadata(found.items[hit.id], str(request.base_url)[:-1] + url)
+            if hit.id in found.pictures:
+                line.setdefault("image", base64.b64encode(found.pictures[hit.id]).decode("ascii"))
+        content.append(line | {"id": hit.id, "similarity": hit.score})
     return reply_bare(content, served.model, truncated)
 
 
@@ -87,8 +97,7 @@ async def metadata(request: Request, registry: ServedRegistry) -> Response:
     body = await parse_json(request, MetadataRequest, await request.body())
     served = registry.collection(body.indice_name)
     check_count(len(body.ids), K_MAX, "ids")
-    items = await registry.in_store(served, _items, served, body.ids)
-    generation = await registry.in_store(served, served.collection.generation)
+    items, generation = await registry.in_store(served, _items, served, body.ids)
     content = [
         {
             "id": id,
@@ -132,35 +141,37 @@ async def _embed(
     return answer.rows()[0], cut_places(answer.truncated, [kind])
 
 
-def _search(
-    served: ServedCollection, body: KnnRequest, vector: np.ndarray
-) -> tuple[list[Hit], dict[str, Item], dict[str, bytes]]:
-    """Hits, and items and small pictures by id of the first `num_images` of them."""
+def _search(served: ServedCollection, body: KnnRequest, vector: np.ndarray) -> _Found:
+    room, k = Room("num_images"), body.num_result_ids or body.num_images
+    room.take_hits(k)
     hits = served.searcher_of(body.modality).search(
         vector[None],
-        body.num_result_ids or body.num_images,
+        k,
         unique=_SAME if body.deduplicate else None,
         with_items=False,
     )[0]
     first = [hit.id for hit in hits[: body.num_images]]
     collection = served.collection
-    with collection.snapshot():
+    with collection.snapshot() as generation:
         rowids = collection.rowids_of(first)
         rows = np.array(list(rowids.values()), dtype=np.int64)
-        Room("num_images").take(sum(collection.sizes_of(rows).values()))
+        room.take(sum(collection.sizes_of(rows).values()))
+        room.take(sum(collection.thumbnail_sizes_of(rows).values()))
         pictures = collection.thumbnails_of(rows)
         items = collection.get(first)
     by_id = {id: pictures[rowid] for id, rowid in rowids.items() if rowid in pictures}
-    return hits, items, by_id
+    return _Found(hits, items, by_id, generation)
 
 
-def _items(served: ServedCollection, ids: Sequence[str]) -> dict[str, Item]:
-    collection = served.collection
-    with collection.snapshot():
+def _items(served: ServedCollection, ids: Sequence[str]) -> tuple[dict[str, Item], int]:
+    """Items by id, and the collection's generation."""
+    collection, room = served.collection, Room("ids")
+    room.take_hits(len(ids))
+    with collection.snapshot() as generation:
         rowids = collection.rowids_of(ids)
         sizes = collection.sizes_of(np.array(list(rowids.values()), dtype=np.int64))
-        Room("ids").take(sum(sizes[rowids[id]] for id in ids if id in rowids))
-        return collection.get(ids)
+        room.take(sum(sizes[rowids[id]] for id in ids if id in rowids))
+        return collection.get(ids), generation
 
 
 def _metadata(item: Item, url: str) -> dict[str, Any]:

@@ -140,10 +140,11 @@ async def delete(name: str, id: str, request: Request, registry: ServedRegistry)
 
 
 def _scan(served: ServedCollection, start_after: str, limit: int) -> tuple[list[Item], int]:
-    collection = served.collection
+    collection, room = served.collection, Room("limit")
     with collection.snapshot() as generation:
         sizes = collection.sizes_of(collection.page_rowids(start_after, limit))
-        Room("limit").take(sum(sizes.values()))
+        room.take_hits(len(sizes))
+        room.take(sum(sizes.values()))
         return collection.scan(start_after, limit), generation
 
 

@@ -1,7 +1,7 @@
 """POST /v1/search: texts, pictures, items and vectors -> the nearest items of a collection."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -66,14 +66,18 @@ class _Asked:
         return tuple(dict.fromkeys(str(t.value) for t in self.terms if t.kind == "id"))
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Found:
     """The hits of each query, and what is told of them."""
 
     hits: list[list[Hit]]
-    vectors: dict[str, np.ndarray]
+    room: Room
+    """what they took"""
+    pictures: dict[str, bytes] = field(default_factory=dict)
+    """by id, to order the hits anew"""
+    vectors: dict[str, np.ndarray] = field(default_factory=dict)
     """by id, where they were asked for"""
-    generation: int
+    generation: int = 0
 
 
 @router.post("/v1/search", openapi_extra=request_docs(SearchRequest, pictures=True))
@@ -89,13 +93,13 @@ async def search(request: Request, registry: ServedRegistry) -> Response:
     filter = None if body.filter is None else parse(body.filter)
     _check_hits(body, len(asked))
     _check_rerank(body, asked, served, registry)
-    searcher = await registry.in_store(served, served.searcher_of, body.field)
-    vectors = await _resolve(asked, searcher, served, registry)
-    hits = await registry.in_store(served, _find, body, filter, asked, vectors, searcher)
+    known = await _embed(asked, served, registry)
+    found = await registry.in_store(served, _search, body, filter, asked, known, served)
     if body.rerank:
-        hits = await _rerank(body, asked, hits, served, registry)
-    found = await registry.in_store(served, _complete, hits, body.with_vectors, searcher)
-    size = sum(len(own) for own in found.hits) * (8 + body.with_vectors * vectors.shape[1])
+        found.hits = await _rerank(body, asked, found, served)
+        found = await registry.in_store(served, _complete, body, found, served)
+    num_hits = sum(map(len, found.hits))
+    size = num_hits * (8 + body.with_vectors * served.collection.embed_dim)
     return await written(registry.pool, size, lambda: _reply(request, body, asked, found, served))
 
 
@@ -207,28 +211,52 @@ def _check_rerank(
     check_count(body.k_test * len(asked), registry.settings.max_items, "k_test")
 
 
-async def _resolve(
-    asked: Sequence[_Asked], searcher: Searcher, served: ServedCollection, registry: Registry
-) -> np.ndarray:
-    """The queries' unit vectors (Q, E); all that must be embedded goes to the model together."""
+async def _embed(
+    asked: Sequence[_Asked], served: ServedCollection, registry: Registry
+) -> dict[str, np.ndarray]:
+    """The vectors of texts and pictures by place; all go to the model together."""
     terms = [term for one in asked for term in one.terms]
     to_embed = [term for term in terms if not isinstance(term.value, np.ndarray | str)]
     inputs: list[Input] = [t.value for t in to_embed if not isinstance(t.value, np.ndarray | str)]
+    if not inputs:
+        return {}
+    answer = await served.model.pipeline.embed(await fetched(inputs, registry.fetcher))
     known: dict[str, np.ndarray] = {}
-    if inputs:
-        answer = await served.model.pipeline.embed(await fetched(inputs, registry.fetcher))
-        for i, term in enumerate(to_embed):
-            vector = answer.vectors[i]
-            if isinstance(vector, Exception):
-                raise at(vector, term.place)
-            known[term.place] = vector
-        cut = {
-            term.place for term, is_cut in zip(to_embed, answer.truncated, strict=True) if is_cut
-        }
-        for one in asked:
-            one.truncated = any(term.place in cut for term in one.terms)
-    if ids := [term for term in terms if term.kind == "id"]:
-        known |= await registry.in_store(served, _stored, ids, searcher)
+    for term, vector in zip(to_embed, answer.vectors, strict=True):
+        if isinstance(vector, Exception):
+            raise at(vector, term.place)
+        known[term.place] = vector
+    cut = {term.place for term, is_cut in zip(to_embed, answer.truncated, strict=True) if is_cut}
+    for one in asked:
+        one.truncated = any(term.place in cut for term in one.terms)
+    return known
+
+
+def _search(
+    body: SearchRequest,
+    filter: Filter | None,
+    asked: Sequence[_Asked],
+    known: dict[str, np.ndarray],
+    served: ServedCollection,
+) -> _Found:
+    """All that is read of the collection, in one go: in pieces, the first ones of all searches
+    would be done, and held, before the second one of any."""
+    searcher, room = served.searcher_of(body.field), Room("k")
+    vectors = _resolve(asked, known, searcher)
+    found = _Found(_find(body, filter, asked, vectors, searcher, room), room)
+    if not body.rerank:
+        return _complete(body, found, served)
+    found.pictures = pictures_of(served.collection, candidates(found.hits, body.k_test))
+    room.hold(sum(map(len, found.pictures.values())))
+    return found
+
+
+def _resolve(
+    asked: Sequence[_Asked], known: dict[str, np.ndarray], searcher: Searcher
+) -> np.ndarray:
+    """The queries' unit vectors (Q, E)."""
+    if ids := [term for one in asked for term in one.terms if term.kind == "id"]:
+        known = known | _stored(ids, searcher)
     queries = []
     for one in asked:
         parts = [(_vector(term, known), term.weight) for term in one.terms]
@@ -270,11 +298,13 @@ def _find(
     asked: Sequence[_Asked],
     vectors: np.ndarray,
     searcher: Searcher,
+    room: Room,
 ) -> list[list[Hit]]:
     """Queries that leave the same items out are searched for together."""
-    k, offset, room = body.k, body.offset, Room("k")
+    k, offset = body.k, body.offset
     if body.rerank:  # an offset into the order that there will be
         k, offset = max(body.k_test, body.offset + body.k), 0
+    room.take_hits(k * len(asked))
     hits: list[list[Hit]] = [[] for _ in asked]
     for exclude, places in _together(asked):
         found = searcher.search(
@@ -294,23 +324,24 @@ def _find(
 
 
 async def _rerank(
-    body: SearchRequest,
-    asked: Sequence[_Asked],
-    hits: list[list[Hit]],
-    served: ServedCollection,
-    registry: Registry,
+    body: SearchRequest, asked: Sequence[_Asked], found: _Found, served: ServedCollection
 ) -> list[list[Hit]]:
     texts = [one.terms[0].value.text for one in asked if isinstance(one.terms[0].value, Text)]
-    ids = candidates(hits, body.k_test)
-    pictures = await registry.in_store(served, pictures_of, served.collection, ids)
     model, k_test = served.model, body.k_test
-    again = await model.rerank(texts, hits, pictures, k_test=k_test, score=body.rerank_score)
+    again = await model.rerank(
+        texts, found.hits, found.pictures, k_test=k_test, score=body.rerank_score
+    )
     return [own[body.offset : body.offset + body.k] for own in again]
 
 
-def _complete(hits: list[list[Hit]], with_vectors: bool, searcher: Searcher) -> _Found:
-    ids = [hit.id for own in hits for hit in own] if with_vectors else []
-    return _Found(hits, _vectors(ids, searcher), searcher.collection.generation())
+def _complete(body: SearchRequest, found: _Found, served: ServedCollection) -> _Found:
+    """With what depends on the hits that are answered."""
+    if body.with_vectors:
+        ids = [hit.id for own in found.hits for hit in own]
+        found.room.hold(4 * served.collection.embed_dim * len(ids))
+        found.vectors = _vectors(ids, served.searcher_of(body.field))
+    found.generation = served.collection.generation()
+    return found
 
 
 def _together(asked: Sequence[_Asked]) -> Iterator[tuple[tuple[str, ...], list[int]]]:
