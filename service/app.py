@@ -82,7 +82,7 @@ def create_app(
     registry.fetcher = Fetcher(settings) if settings.allow_fetch else None
     app.state.registry = registry
     app.state.has_keys = settings.api_keys_file is not None
-    app.state.label_sets = load_label_sets(settings.label_sets)
+    app.state.label_sets = load_label_sets(settings.label_sets, settings.max_labels)
     app.state.jobs = Jobs(registry)
     app.state.readiness = health.Readiness(registry, lifecycle)
     for router in (*(module.router for module in _ROUTES), *ROUTERS):

@@ -15,8 +15,9 @@ LabelSets = dict[str, tuple[str, ...]]
 _READERS = {".json": json.loads, ".toml": tomllib.loads}
 
 
-def load_label_sets(path: Path | None) -> LabelSets:
-    """All sets of a file or a folder; ConfigError says which file is wrong, and why."""
+def load_label_sets(path: Path | None, max_labels: int) -> LabelSets:
+    """All sets of a file or a folder; ConfigError says which file is wrong, and why, also of a set
+    larger than one classification may be."""
     sets: LabelSets = {}
     if path is None:
         return sets
@@ -24,6 +25,11 @@ def load_label_sets(path: Path | None) -> LabelSets:
         for name, labels in _read(file).items():
             if name in sets:
                 raise ConfigError(f"label set {name!r} of {file} is there twice; rename one")
+            if len(labels) > max_labels:
+                raise ConfigError(
+                    f"label set {name!r} of {file} has {len(labels)} labels; at most {max_labels}"
+                    " are allowed in one classification: divide it, or raise CLIPSERVE_MAX_LABELS"
+                )
             sets[name] = labels
     return sets
 

@@ -22,11 +22,14 @@ NPY = "application/x-npy"
 MAX_ANSWER_BYTES = 64 * 2**20
 """of what makes an answer large: labels, captions, metadata, small pictures"""
 
+HIT_VALUES = 8
+"""a hit or an item takes as long to write as so many numbers, beside its captions and metadata"""
 _IN_MEMORY = 4
 """times the bytes on disk, until the answer is written: of metadata 1 as text, 4 as a few numbers,
 7 as a long list of them; of a picture 4, with its base64 twice"""
 _HIT_BYTES = 700
 """of a hit and its line in an answer, beside captions and metadata (measured, Python 3.11)"""
+_VALUE_BYTES = 16
 _SMALL = 4096
 """numbers or objects that are written in less time than a pool takes to wake"""
 
@@ -38,6 +41,11 @@ class Room:
         self._param = param
         self.size = 0
         """bytes that were taken"""
+
+    @property
+    def values(self) -> int:
+        """What was taken, for `written`: so many numbers take as long to write."""
+        return values_of(self.size)
 
     def take(self, size: int) -> None:
         """RequestError if so many bytes more, which nobody has read yet, are too many; Overloaded
@@ -76,6 +84,11 @@ def reply(
         named |= {"model": model.name, "fingerprint": model.fingerprint}
         all_headers |= model_headers(model)
     return Response(to_json(named), status, all_headers, media_type="application/json")
+
+
+def values_of(num_bytes: int) -> int:
+    """So many numbers take about as long to write as captions and metadata of these bytes."""
+    return num_bytes // _VALUE_BYTES
 
 
 async def written(pool: Executor, size: int, write: Callable[[], Response]) -> Response:

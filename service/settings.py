@@ -105,7 +105,7 @@ class Settings(BaseSettings):
     """characters of one text; a longer one is refused, though the model reads the first few hundred
     at most"""
     max_labels: Count = 2000
-    """labels in one classification"""
+    """labels in one classification, and in a stored set"""
     max_prompts: Count = 8192
     """labels times templates in one classification"""
     max_jobs: Count = 100

@@ -19,6 +19,7 @@ from service.compat.vectors import Lenient, cut_places, docs, embed, reply_bare
 from service.errors import NotFound, RequestError
 from service.inputs import Input, check_count, parse_picture, parse_text
 from service.registry import ServedModel
+from service.replies import values_of, written
 from service.routes.state import ServedRegistry
 from service.schemas import Objects
 
@@ -55,25 +56,21 @@ async def post(request: Request, registry: ServedRegistry) -> Response:
     parsed = [_parse(document, place, max_chars) for document, place in flat]
     inputs, places = zip(*parsed, strict=True)
     answer = await embed(registry, served, inputs, places)
-    vectors = iter(answer.rows())
-    data: list[dict[str, Any]] = []
-    for document in body.data:
-        found: dict[str, Any] = {"id": document.get("id") or uuid.uuid4().hex}
-        vector = next(vectors)
-        if is_rank:
-            rows = [next(vectors) for _ in document["matches"]]
-            found["matches"] = _rank(served, vector, document["matches"], rows)
-        else:
-            found["embedding"] = vector
-        data.append(found)
-    content = {
-        "header": {"requestId": body.header.get("request_id") or uuid.uuid4().hex, "status": None},
-        "parameters": {},
-        "routes": [],
-        "data": data,
-    }
-    # jina's client refuses a field it does not know.
-    return reply_bare(content, served, cut_places(answer.truncated, places))
+    rows, cut = answer.rows(), cut_places(answer.truncated, places)
+
+    def write() -> Response:
+        request_id = body.header.get("request_id") or uuid.uuid4().hex
+        content = {
+            "header": {"requestId": request_id, "status": None},
+            "parameters": {},
+            "routes": [],
+            "data": list(_answers(served, body.data, rows, is_rank)),
+        }
+        # jina's client refuses a field it does not know.
+        return reply_bare(content, served, cut)
+
+    size = rows.size + is_rank * values_of(len(await request.body()))  # which is sent back in part
+    return await written(registry.pool, size, write)
 
 
 def _endpoint(body: PostRequest) -> tuple[str, str | None]:
@@ -117,6 +114,21 @@ def _parse(document: Any, place: str, max_chars: int) -> tuple[Input, str]:
     raise RequestError(
         f"{place} needs a text, a blob (a picture in base64) or a uri (a data URI)", param=place
     )
+
+
+def _answers(
+    served: ServedModel, documents: list[dict[str, Any]], rows: np.ndarray, is_rank: bool
+) -> Iterator[dict[str, Any]]:
+    vectors = iter(rows)
+    for document in documents:
+        found: dict[str, Any] = {"id": document.get("id") or uuid.uuid4().hex}
+        vector = next(vectors)
+        if is_rank:
+            matches = document["matches"]
+            found["matches"] = _rank(served, vector, matches, [next(vectors) for _ in matches])
+        else:
+            found["embedding"] = vector
+        yield found
 
 
 def _rank(

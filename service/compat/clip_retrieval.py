@@ -21,7 +21,7 @@ from service.compat.vectors import Lenient, cut_places, docs, embed, reply_bare
 from service.errors import RequestError
 from service.inputs import check_count, parse_picture, parse_text, parse_vector
 from service.registry import Registry, ServedCollection
-from service.replies import Room, image_url
+from service.replies import HIT_VALUES, Room, image_url, written
 from service.routes.state import ServedRegistry
 from service.schemas import K_MAX, Values
 
@@ -72,17 +72,14 @@ async def knn_service(request: Request, registry: ServedRegistry) -> Response:
     body = await parse_json(request, KnnRequest, await request.body())  # ClipClient names no type
     served = registry.collection(body.indice_name)
     vector, truncated = await _embed(registry, served, body)
-    found = await registry.in_store(served, _search, served, body, vector)
-    content = []
-    for hit in found.hits:
-        line: dict[str, Any] = {}
-        if hit.id in found.items:
-            url = image_url(request, served.name, hit.id, found.generation)
-            line = _metadata(found.items[hit.id], str(request.base_url)[:-1] + url)
-            if hit.id in found.pictures:
-                line.setdefault("image", base64.b64encode(found.pictures[hit.id]).decode("ascii"))
-        content.append(line | {"id": hit.id, "similarity": hit.score})
-    return reply_bare(content, served.model, truncated)
+    room = Room("num_images")
+    found = await registry.in_store(served, _search, served, body, vector, room)
+
+    def write() -> Response:
+        content = [_line(request, served, hit, found) for hit in found.hits]
+        return reply_bare(content, served.model, truncated)
+
+    return await written(registry.pool, HIT_VALUES * len(found.hits) + room.values, write)
 
 
 @router.get("/indices-list")
@@ -97,19 +94,20 @@ async def metadata(request: Request, registry: ServedRegistry) -> Response:
     body = await parse_json(request, MetadataRequest, await request.body())
     served = registry.collection(body.indice_name)
     check_count(len(body.ids), K_MAX, "ids")
-    items, generation = await registry.in_store(served, _items, served, body.ids)
-    content = [
-        {
-            "id": id,
-            "metadata": _metadata(
-                items[id],
-                str(request.base_url)[:-1] + image_url(request, served.name, id, generation),
-            ),
-        }
-        for id in body.ids
-        if id in items
-    ]
-    return reply_bare(content, served.model)
+    room = Room("ids")
+    items, generation = await registry.in_store(served, _items, served, body.ids, room)
+
+    def write() -> Response:
+        found = ((id, items[id]) for id in body.ids if id in items)
+        return reply_bare(
+            [
+                {"id": id, "metadata": _metadata(request, served, item, generation)}
+                for id, item in found
+            ],
+            served.model,
+        )
+
+    return await written(registry.pool, HIT_VALUES * len(body.ids) + room.values, write)
 
 
 async def _embed(
@@ -141,8 +139,8 @@ async def _embed(
     return answer.rows()[0], cut_places(answer.truncated, [kind])
 
 
-def _search(served: ServedCollection, body: KnnRequest, vector: np.ndarray) -> _Found:
-    room, k = Room("num_images"), body.num_result_ids or body.num_images
+def _search(served: ServedCollection, body: KnnRequest, vector: np.ndarray, room: Room) -> _Found:
+    k = body.num_result_ids or body.num_images
     room.take_hits(k)
     hits = served.searcher_of(body.modality).search(
         vector[None],
@@ -163,9 +161,9 @@ def _search(served: ServedCollection, body: KnnRequest, vector: np.ndarray) -> _
     return _Found(hits, items, by_id, generation)
 
 
-def _items(served: ServedCollection, ids: Sequence[str]) -> tuple[dict[str, Item], int]:
+def _items(served: ServedCollection, ids: Sequence[str], room: Room) -> tuple[dict[str, Item], int]:
     """Items by id, and the collection's generation."""
-    collection, room = served.collection, Room("ids")
+    collection = served.collection
     room.take_hits(len(ids))
     with collection.snapshot() as generation:
         rowids = collection.rowids_of(ids)
@@ -174,6 +172,18 @@ def _items(served: ServedCollection, ids: Sequence[str]) -> tuple[dict[str, Item
         return collection.get(ids), generation
 
 
-def _metadata(item: Item, url: str) -> dict[str, Any]:
+def _line(request: Request, served: ServedCollection, hit: Hit, found: _Found) -> dict[str, Any]:
+    line: dict[str, Any] = {}
+    if hit.id in found.items:
+        line = _metadata(request, served, found.items[hit.id], found.generation)
+        if hit.id in found.pictures:
+            line.setdefault("image", base64.b64encode(found.pictures[hit.id]).decode("ascii"))
+    return line | {"id": hit.id, "similarity": hit.score}
+
+
+def _metadata(
+    request: Request, served: ServedCollection, item: Item, generation: int
+) -> dict[str, Any]:
     """The item's own metadata, which may name the picture's url, and its caption."""
+    url = str(request.base_url)[:-1] + image_url(request, served.name, item.id, generation)
     return {"url": url, "caption": item.caption} | item.metadata

@@ -13,7 +13,7 @@ from service.bodies import read_json
 from service.compat.vectors import Lenient, docs, embed, places_of
 from service.inputs import parse_picture
 from service.registry import Registry, ServedModel
-from service.replies import reply
+from service.replies import reply, written
 from service.routes.embeddings import embeddings
 from service.routes.encodings import encode
 from service.routes.state import ServedRegistry
@@ -48,16 +48,20 @@ async def embeddings_image(request: Request, registry: ServedRegistry) -> Respon
     places = places_of("input", len(given), registry.settings.max_items)
     pictures = [parse_picture(text, place) for text, place in zip(given, places, strict=True)]
     answer = await embed(registry, served, pictures, places)
-    values = encode(answer.rows(), body.encoding_format)
-    content = {
-        "object": "list",
-        "data": [
-            {"object": "embedding", "index": index, "embedding": value}
-            for index, value in enumerate(values)
-        ],
-        "usage": {"prompt_tokens": 0, "total_tokens": 0},
-    }
-    return reply(content, served)
+    rows = answer.rows()
+
+    def write() -> Response:
+        content = {
+            "object": "list",
+            "data": [
+                {"object": "embedding", "index": index, "embedding": value}
+                for index, value in enumerate(encode(rows, body.encoding_format))
+            ],
+            "usage": {"prompt_tokens": 0, "total_tokens": 0},
+        }
+        return reply(content, served)
+
+    return await written(registry.pool, rows.size, write)
 
 
 @router.get("/models")

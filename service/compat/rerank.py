@@ -20,7 +20,7 @@ from service.compat.vectors import Lenient, cut_places, docs, embed, places_of, 
 from service.errors import RequestError, at
 from service.inputs import Input, Picture, fetched, parse_input
 from service.registry import Registry, ServedModel
-from service.replies import reply
+from service.replies import reply, values_of, written
 from service.routes.state import ServedRegistry
 from service.schemas import Values
 
@@ -71,15 +71,15 @@ async def rerank(request: Request, registry: ServedRegistry) -> Response:
     """Infinity's shape, where a returned document is a string; TEI's when `texts` are sent."""
     body = await read_json(request, RerankRequest)
     if body.texts is not None:
-        return await _answer_tei(registry, body, body.texts)
-    return await _answer(registry, body, as_object=False)
+        return await _answer_tei(request, registry, body, body.texts)
+    return await _answer(request, registry, body, as_object=False)
 
 
 @router.post("/v1/rerank", openapi_extra=docs(RerankRequest))
 async def rerank_v1(request: Request, registry: ServedRegistry) -> Response:
     """Cohere's and Jina's shape, where a returned document is an object."""
     body = await read_json(request, RerankRequest)
-    return await _answer(registry, body, as_object=True)
+    return await _answer(request, registry, body, as_object=True)
 
 
 async def rank(
@@ -132,7 +132,9 @@ async def _match(
     return Ranked(np.array(scores), "matching", 0, cut)
 
 
-async def _answer(registry: Registry, body: RerankRequest, *, as_object: bool) -> Response:
+async def _answer(
+    request: Request, registry: Registry, body: RerankRequest, *, as_object: bool
+) -> Response:
     if body.documents is None:
         raise RequestError("documents is missing; give at least one", param="documents")
     served = registry.model(body.model)
@@ -153,14 +155,18 @@ async def _answer(registry: Registry, body: RerankRequest, *, as_object: bool) -
         "truncated": ranked.truncated,
         "usage": {"prompt_tokens": ranked.num_tokens, "total_tokens": ranked.num_tokens},
     }
-    return reply(content, served)
+    size = values_of(len(await request.body())) if body.return_documents else 0
+    return await written(registry.pool, size, lambda: reply(content, served))
 
 
-async def _answer_tei(registry: Registry, body: RerankRequest, texts: Sequence[str]) -> Response:
+async def _answer_tei(
+    request: Request, registry: Registry, body: RerankRequest, texts: Sequence[str]
+) -> Response:
     served = registry.model(body.model)
     ranked = await rank(registry, served, body.query, texts, "texts")
     content = [
         {"index": index, "score": score} | ({"text": texts[index]} if body.return_text else {})
         for index, score in ranked.best()
     ]
-    return reply_bare(content, served, ranked.truncated)
+    size = values_of(len(await request.body())) if body.return_text else 0
+    return await written(registry.pool, size, lambda: reply_bare(content, served, ranked.truncated))

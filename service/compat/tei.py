@@ -20,7 +20,7 @@ from service.compat.vectors import (
 )
 from service.errors import RequestError
 from service.inputs import parse_input
-from service.replies import reply
+from service.replies import reply, written
 from service.routes.encodings import encode
 from service.routes.state import ServedRegistry
 
@@ -61,8 +61,10 @@ async def embed_texts(request: Request, registry: ServedRegistry) -> Response:
     answer = await embed(registry, served, inputs, places)
     if not body.truncate:
         check_whole(answer, places)
-    cut = cut_places(answer.truncated, places)
-    return reply_bare(encode(answer.rows(), "float"), served, cut)
+    rows, cut = answer.rows(), cut_places(answer.truncated, places)
+    return await written(
+        registry.pool, rows.size, lambda: reply_bare(encode(rows, "float"), served, cut)
+    )
 
 
 @router.get("/info")

@@ -8,7 +8,7 @@ from service.bodies import read_json
 from service.compat.vectors import Lenient, cut_places, docs, embed
 from service.errors import RequestError
 from service.inputs import Input, check_count, parse_picture, parse_text
-from service.replies import reply
+from service.replies import reply, written
 from service.routes.encodings import encode
 from service.routes.health import Readiness
 from service.routes.state import ServedRegistry
@@ -47,13 +47,13 @@ async def vectorize(request: Request, registry: ServedRegistry) -> Response:
         for image, place in zip(images, places[len(texts) :], strict=True)
     ]
     answer = await embed(registry, served, inputs, places)
-    rows = encode(answer.rows(), "float")
+    rows = answer.rows()
     content = {
-        "textVectors": rows[: len(texts)],
-        "imageVectors": rows[len(texts) :],
+        "textVectors": encode(rows[: len(texts)], "float"),
+        "imageVectors": encode(rows[len(texts) :], "float"),
         "truncated": cut_places(answer.truncated, places),
     }
-    return reply(content, served)
+    return await written(registry.pool, rows.size, lambda: reply(content, served))
 
 
 @router.get("/meta")

@@ -89,7 +89,7 @@ async def classify(
         }
         return reply(content, served)
 
-    return await written(registry.pool, top_k * len(items.inputs), write)
+    return await written(registry.pool, len(labels) * len(items.inputs), write)
 
 
 @router.get("/v1/label-sets")
@@ -176,18 +176,20 @@ def _results(
     top_k: int,
     min_probability: float | None,
 ) -> list[dict[str, Any]]:
+    rows = [vector for vector in vectors if isinstance(vector, np.ndarray)]
+    probabilities = iter(head.probabilities(np.stack(rows)))  # (N, C)
     return [
         {"index": index, "error": error_fields(vector, f"{param}[{index}]")}
         if isinstance(vector, Exception)
-        else {"index": index, **_predictions(vector, head, top_k, min_probability)}
+        else {"index": index, **_predictions(next(probabilities), head, top_k, min_probability)}
         for index, vector in enumerate(vectors)
     ]
 
 
 def _predictions(
-    vector: np.ndarray, head: ClassHead, top_k: int, min_probability: float | None
+    probabilities: np.ndarray, head: ClassHead, top_k: int, min_probability: float | None
 ) -> dict[str, Any]:
-    probabilities = head.probabilities(vector[None])[0]  # (C,)
+    """Of one picture or text, from its probabilities (C,)."""
     best = np.argsort(-probabilities, kind="stable")[:top_k]
     if min_probability is not None:
         best = best[probabilities[best] >= min_probability]

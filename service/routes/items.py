@@ -18,7 +18,7 @@ from service.bodies import read_json
 from service.errors import NotFound, RequestError
 from service.inputs import check_count
 from service.registry import ServedCollection
-from service.replies import Room, image_url, reply
+from service.replies import HIT_VALUES, Room, image_url, reply, written
 from service.routes.state import ServedRegistry
 from service.schemas import DeleteRequest, UpsertItem, UpsertRequest, request_docs
 from service.upserts import Prepared, prepare, store
@@ -40,9 +40,14 @@ async def items(
 ) -> Response:
     """Items in the order of their ids; the last id of a page is `start_after` of the next."""
     served = registry.collection(name)
-    page, generation = await registry.in_store(served, _scan, served, start_after, limit)
-    data = [_content(item, image_url(request, name, item.id, generation)) for item in page]
-    return reply({"object": "list", "collection": name, "data": data}, served.model)
+    room = Room("limit")
+    page, generation = await registry.in_store(served, _scan, served, start_after, limit, room)
+
+    def write() -> Response:
+        data = [_content(item, image_url(request, name, item.id, generation)) for item in page]
+        return reply({"object": "list", "collection": name, "data": data}, served.model)
+
+    return await written(registry.pool, HIT_VALUES * len(page) + room.values, write)
 
 
 @router.put(
@@ -139,8 +144,10 @@ async def delete(name: str, id: str, request: Request, registry: ServedRegistry)
     return reply(content, served.model)
 
 
-def _scan(served: ServedCollection, start_after: str, limit: int) -> tuple[list[Item], int]:
-    collection, room = served.collection, Room("limit")
+def _scan(
+    served: ServedCollection, start_after: str, limit: int, room: Room
+) -> tuple[list[Item], int]:
+    collection = served.collection
     with collection.snapshot() as generation:
         sizes = collection.sizes_of(collection.page_rowids(start_after, limit))
         room.take_hits(len(sizes))

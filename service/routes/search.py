@@ -26,7 +26,7 @@ from service.inputs import (
     parse_vector,
 )
 from service.registry import Registry, ServedCollection
-from service.replies import Room, image_url, reply, written
+from service.replies import HIT_VALUES, Room, image_url, reply, written
 from service.routes.state import ServedRegistry
 from service.schemas import Part, Query, SearchRequest, WeightedPart, request_docs
 
@@ -98,8 +98,8 @@ async def search(request: Request, registry: ServedRegistry) -> Response:
     if body.rerank:
         found.hits = await _rerank(body, asked, found, served)
         found = await registry.in_store(served, _complete, body, found, served)
-    num_hits = sum(map(len, found.hits))
-    size = num_hits * (8 + body.with_vectors * served.collection.embed_dim)
+    hit_size = HIT_VALUES + body.with_vectors * served.collection.embed_dim
+    size = sum(map(len, found.hits)) * hit_size + found.room.values
     return await written(registry.pool, size, lambda: _reply(request, body, asked, found, served))
 
 
