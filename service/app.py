@@ -74,7 +74,8 @@ def create_app(
         title="clipserve",
         version=__version__,
         description="Embeddings, zero-shot classification and search with one image-text model.",
-        docs_url=None,  # FastAPI's page gets its script from elsewhere; docs.py is ours
+        openapi_url=None,  # docs.py has our own, and a page without scripts from elsewhere
+        docs_url=None,
         redoc_url=None,
         redirect_slashes=False,  # items/.. of a collection is collection/ to many a client
     )

@@ -5,7 +5,9 @@ import hashlib
 import re
 
 import pytest
+from fastapi import FastAPI
 from served import World
+from starlette.testclient import TestClient
 
 from service.routes.docs import write_page
 
@@ -31,6 +33,26 @@ def test_every_route_and_every_field_of_its_body_is_shown(world: World, page: st
         assert set(body.get("properties", {})) <= shown
     assert "float | base64 | binary | ubinary" in page
     assert "list of WeightedPart" in page
+
+
+def test_both_are_made_once(own_world: World, monkeypatch: pytest.MonkeyPatch):
+    answers = [own_world.client.get(path) for path in ("/docs", "/openapi.json")]
+    assert answers[1].json() == own_world.app.openapi()
+    monkeypatch.setattr("service.routes.docs.write_page", None)
+    monkeypatch.setattr(own_world.app, "openapi", None)
+    for answer in answers:
+        again = own_world.client.get(answer.url.path)
+        assert (again.status_code, again.content) == (200, answer.content)
+        assert again.headers["content-type"] == answer.headers["content-type"]
+    assert own_world.client.head("/openapi.json").status_code == 200
+
+
+def test_a_service_below_a_path_of_another_names_it(own_world: World):
+    outer = FastAPI()
+    outer.mount("/below", own_world.app)
+    with TestClient(outer, base_url="http://localhost") as client:
+        assert client.get("/below/openapi.json").json()["servers"] == [{"url": "/below"}]
+    assert "servers" not in own_world.client.get("/openapi.json").json()
 
 
 def test_it_may_load_nothing_but_its_own_style(world: World, page: str):

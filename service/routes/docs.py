@@ -1,14 +1,20 @@
-"""GET /docs: /openapi.json as a page to read, written here: no script, nothing from elsewhere."""
+"""GET /openapi.json, and /docs, a page to read it: no script, nothing from elsewhere.
+
+Anyone may ask for them, as often as they like, so both are made once.
+"""
 
 import base64
 import hashlib
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from html import escape
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import HTMLResponse, Response
+
+from service.replies import to_json
 
 router = APIRouter(include_in_schema=False)
 
@@ -41,10 +47,39 @@ _HEADERS = {
 }
 
 
+@dataclass(frozen=True)
+class _Made:
+    """Both, below a path at which the service is mounted in another one."""
+
+    root_path: str
+    page: bytes
+    schema: bytes
+
+
 @router.get("/docs")
 async def docs(request: Request) -> Response:
     """Every route, its values and their meaning."""
-    return HTMLResponse(write_page(request.app.openapi()), headers=_HEADERS)
+    return HTMLResponse(_made(request).page, headers=_HEADERS)
+
+
+async def openapi(request: Request) -> Response:
+    """The same for programs."""
+    return Response(_made(request).schema, media_type="application/json")
+
+
+router.add_route("/openapi.json", openapi)
+
+
+def _made(request: Request) -> _Made:
+    state, root_path = request.app.state, request.scope.get("root_path", "").rstrip("/")
+    made: _Made | None = getattr(state, "documents", None)
+    if made is None or made.root_path != root_path:
+        schema = request.app.openapi()
+        page = write_page(schema).encode()
+        if root_path:
+            schema = {**schema, "servers": [{"url": root_path}]}
+        made = state.documents = _Made(root_path, page, to_json(schema))
+    return made
 
 
 def write_page(schema: Mapping[str, Any]) -> str:
