@@ -87,7 +87,12 @@ async def fetched(inputs: Sequence[Input], fetcher: Fetcher | None) -> list[Inpu
     if fetcher is None or not any(isinstance(item, Link) for item in inputs):
         return list(inputs)
     turns = asyncio.Semaphore(_FETCHES)
-    return await asyncio.gather(*(_fetch(item, fetcher, turns) for item in inputs))
+    fetches = [asyncio.ensure_future(_fetch(item, fetcher, turns)) for item in inputs]
+    try:
+        return await asyncio.gather(*fetches)
+    finally:  # where one raised, nobody waits for the others
+        for fetch in fetches:
+            fetch.cancel()
 
 
 async def _fetch(item: Input, fetcher: Fetcher, turns: asyncio.Semaphore) -> Input:

@@ -335,6 +335,35 @@ def test_one_request_has_four_fetches_at_once_and_leaves_the_rest_to_others():
     asyncio.run(scenario())
 
 
+def test_where_one_fetch_ends_the_request_the_others_end_with_it():
+    begun, ended = [], []
+
+    class TooManyBytes(Exception):
+        pass
+
+    class Mixed:
+        async def get(self, url: str, param: str) -> bytes:
+            if url.endswith("2"):
+                raise TooManyBytes
+            begun.append(url)
+            try:
+                await asyncio.Event().wait()
+            finally:
+                ended.append(url)
+            raise AssertionError("nobody waits for this")
+
+    async def scenario() -> None:
+        links = [Link(f"https://pictures.example/{i}", "input") for i in range(10)]
+        with pytest.raises(TooManyBytes):
+            await fetched(links, Mixed())
+        await asyncio.sleep(0)
+        assert len(begun) < 9
+        assert ended == begun
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(scenario())
+
+
 def test_names_are_resolved_by_threads_that_end_with_the_fetcher(monkeypatch):
     threads: list[threading.Thread] = []
     known = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 80))]
