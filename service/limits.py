@@ -30,6 +30,7 @@ from service.settings import Settings
 
 Headers = list[tuple[bytes, bytes]]
 _ALWAYS_SERVED = "/metrics"
+"""it tells of an overload while there is one"""
 _PIECE_BYTES = 64 * 2**10
 """of an answer that the server gets at once: what it was given and the client does not read stays
 in memory, counted by nobody"""
@@ -89,7 +90,8 @@ class RequestLimits:
             notes().hold, notes().expect = held.add, held.expect
             if seconds < self._settings.request_timeout_s:  # which the client asked for
                 notes().deadline_s = time.monotonic() + seconds
-            await self._run(scope, receive, _Answer(send, held), body, seconds)
+            answer = _Answer(send, held, may_be_refused=scope["path"] != _ALWAYS_SERVED)
+            await self._run(scope, receive, answer, body, seconds)
         except RequestError as error:
             await error_response(error)(scope, receive, send)
         except ClientGone:
@@ -206,10 +208,11 @@ class _Answer:
     """What the route sends: counted before any of it goes out, and given to the server no faster
     than the client reads, while the request keeps its place."""
 
-    def __init__(self, send: Send, held: _Held) -> None:
+    def __init__(self, send: Send, held: _Held, *, may_be_refused: bool = True) -> None:
         self.started = False
         self._send = send
         self._held = held
+        self._may_be_refused = may_be_refused
         self._refusal: Overloaded | None = None
 
     async def send(self, message: Message) -> None:
@@ -232,6 +235,8 @@ class _Answer:
             raise self._refusal
 
     def _count(self, size: int) -> None:
+        if not self._may_be_refused:  # nor is it counted, or what comes next would be
+            return
         try:
             self._held.set_answer(size if size > _PIECE_BYTES else 0)
         except Overloaded as error:

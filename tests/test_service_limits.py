@@ -406,6 +406,18 @@ def test_a_large_answer_keeps_its_place_until_it_is_read():
     assert left == (0, 0)
 
 
+def test_the_metrics_are_answered_however_much_is_in_flight():
+    async def scenario() -> list[int]:
+        settings = Settings(max_inflight_bytes=10)
+        load = Load(settings)
+        load.add(10)
+        limits = RequestLimits(send_bytes(200_000), settings, load)
+        paths = ("/metrics", "/v1/models", "/metrics")
+        return [(await _call(limits, [chunk(0, more=False)], path=path))[0] for path in paths]
+
+    assert asyncio.run(scenario()) == [200, 429, 200]
+
+
 def test_a_small_answer_needs_no_room():
     settings = {"max_inflight_bytes": 1}
     assert call(send_bytes(50_000), [chunk(0, more=False)], **settings)[0] == 200
