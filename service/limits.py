@@ -36,6 +36,10 @@ _PIECE_BYTES = 64 * 2**10
 in memory, counted by nobody"""
 
 
+_LEAST_BYTES = 8 * 2**20
+"""of an answer that a client has to read in a request's time, or it is cut"""
+
+
 class ClientGone(Exception):
     """Nobody waits for an answer: the connection closed, or the time was up."""
 
@@ -142,8 +146,8 @@ class RequestLimits:
         app = asyncio.ensure_future(self._app(scope, _replay(body, watcher), answer.send))
         try:
             await asyncio.wait({app, watcher}, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
-            if answer.started:  # let it go out
-                await asyncio.wait({app}, timeout=self._settings.request_timeout_s)
+            if answer.started:
+                await self._let_out(app, answer)
             if app.done():
                 await app
                 answer.check()
@@ -155,6 +159,14 @@ class RequestLimits:
         finally:
             await _stop(app)
             await _stop(watcher)
+
+    async def _let_out(self, app: "asyncio.Future[None]", answer: "_Answer") -> None:
+        """While its client reads on, and not so slowly that it keeps its place for hours."""
+        is_read = True
+        while is_read and not app.done():
+            sent = answer.sent
+            await asyncio.wait({app}, timeout=self._settings.request_timeout_s)
+            is_read = answer.sent - sent >= _LEAST_BYTES
 
 
 class _Held:
@@ -210,6 +222,8 @@ class _Answer:
 
     def __init__(self, send: Send, held: _Held, *, may_be_refused: bool = True) -> None:
         self.started = False
+        self.sent = 0
+        """bytes that the server took"""
         self._send = send
         self._held = held
         self._may_be_refused = may_be_refused
@@ -226,6 +240,7 @@ class _Answer:
             for start in range(0, len(body), _PIECE_BYTES):
                 piece = body[start : start + _PIECE_BYTES]
                 await self._send({**message, "body": piece, "more_body": True})
+                self.sent += len(piece)
             message = {**message, "body": b""}
         await self._send(message)
 

@@ -406,6 +406,23 @@ def test_a_large_answer_keeps_its_place_until_it_is_read():
     assert left == (0, 0)
 
 
+@pytest.mark.parametrize(("least", "is_whole"), [(1, True), (10**6, False)])
+def test_an_answer_goes_out_as_long_as_enough_of_it_is_read(monkeypatch, least, is_whole):
+    async def scenario() -> Messages:
+        reader = SlowReader(RequestLimits(send_bytes(200_000), Settings(request_timeout_s=0.06)))
+        while not reader.served.done():
+            await asyncio.sleep(0.03)
+            await reader.read()
+        await reader.served
+        return reader.sent
+
+    monkeypatch.setattr("service.limits._LEAST_BYTES", least)
+    sent = asyncio.run(scenario())
+    read = b"".join(message.get("body", b"") for message in sent)
+    assert (read == letters(200_000)) == is_whole
+    assert len(read) > 0
+
+
 def test_the_metrics_are_answered_however_much_is_in_flight():
     async def scenario() -> list[int]:
         settings = Settings(max_inflight_bytes=10)
