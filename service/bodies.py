@@ -76,10 +76,13 @@ def parse_line(kind: type[Kind], line: bytes, max_bytes: int) -> Kind:
 
 def _parse_json(kind: type[Kind], body: bytes) -> Kind:
     if body.count(b"[") + body.count(b"{") > _MAX_BRACKETS:
-        raise InvalidBody(f"there are more than {_MAX_BRACKETS} lists and objects")
+        raise InvalidBody(
+            f"there are more than {_MAX_BRACKETS} lists and objects; send less at once",
+            code="too_many_items",
+        )
     if body.count(b",") > _MAX_VALUES:
         raise InvalidBody(
-            f"there are more than {_MAX_VALUES} values; send fewer items at once",
+            f"there are more than {_MAX_VALUES} values; send less at once",
             code="too_many_items",
         )
     try:

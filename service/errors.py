@@ -124,6 +124,8 @@ _TABLE: dict[type[Exception], tuple[int, str, str]] = {
     Exception: (500, "server_error", "internal_error"),
 }
 _SAFE = (RequestError, FilterError, ImageError, TextError)
+_UNION_MEMBERS = ("str", "list[str]")
+"""what pydantic adds to a place for each type that a field may have"""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
 
@@ -159,13 +161,15 @@ def at(error: Exception, param: str) -> Exception:
 def invalid_body(errors: Sequence[Any]) -> RequestError:
     """From pydantic's list of errors, without the values it holds."""
     first = errors[0]
-    if first["type"] == "extra_forbidden":
-        # The name of an unknown field is the client's text.
-        return InvalidBody("the body has a field this route does not know; see /docs")
-    place = ".".join(str(part) for part in first["loc"] if part != "body")
-    message = first["msg"].removeprefix("Value error, ")
+    loc, message = first["loc"], first["msg"].removeprefix("Value error, ")
     if first["type"] == "json_invalid":
         return RequestError(message, code="invalid_json")
+    if first["type"] == "extra_forbidden":
+        # The name of an unknown field is the client's text: where it is tells enough.
+        place = _place(loc[:-1])
+        what = f"{place or 'the body'} has a field this route does not know; see /docs"
+        return InvalidBody(what, param=place or None)
+    place = _place(loc)
     return InvalidBody(f"{place}: {message}" if place else message, param=place or None)
 
 
@@ -176,6 +180,13 @@ def install_handlers(app: FastAPI) -> None:
     app.add_exception_handler(Exception, _answer)
     app.add_exception_handler(HTTPException, _answer_http)
     app.add_exception_handler(RequestValidationError, _answer_validation)
+
+
+def _place(loc: Sequence[str | int]) -> str:
+    """`items[3].metadata`, as the routes themselves name what they check."""
+    parts = [part for part in loc if part != "body" and part not in _UNION_MEMBERS]
+    named = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
+    return "".join(named).removeprefix(".")
 
 
 async def _answer(request: Request, error: Exception) -> Response:

@@ -238,6 +238,32 @@ def test_an_error_of_the_whole_request_is_not_an_items():
     assert not errors
 
 
+@pytest.mark.parametrize(
+    ("code", "param"),
+    [
+        ("answer_too_large", "k"),
+        ("body_too_large", None),
+        ("too_many_items", None),
+        ("too_many_items", "batch"),
+        ("too_many_items", "k_test"),
+        ("too_many_items", "with_vectors"),
+    ],
+)
+def test_queries_that_are_too_much_together_are_asked_apart(code: str, param: str | None):
+    sizes: list[int] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        queries = json.loads(request.content)["batch"]
+        sizes.append(len(queries))
+        if len(queries) > 2:
+            return refuse("too much", code, param, 400)
+        return httpx.Response(200, json={"results": [{"hits": []} for _ in queries]})
+
+    with clipserve.Client(transport=httpx.MockTransport(answer)) as client:
+        assert client.search_many(["a"] * 7) == [[]] * 7
+    assert sizes == [7, 3, 1, 2, 4, 2, 2]
+
+
 def test_too_many_labels_are_not_cured_by_fewer_pictures():
     asked = []
 

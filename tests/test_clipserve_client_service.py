@@ -170,6 +170,22 @@ def test_a_query_that_is_refused_leaves_the_others(running: Running, client: Cli
         client.search_many(["a", {"id": "gone"}])
 
 
+def test_what_a_service_cannot_read_is_an_error_of_its_item_alone(client: Client):
+    errors: dict[int, Any] = {}
+    items = [{"id": f"typo/{i}", "text": "a"} for i in range(12)]
+    items[3] = {"id": "typo/3", "text": "a", "metdata": {"n": 1}}
+    items[9] = {"id": "typo/9", "text": "a", "metadata": "n"}
+    assert client.upsert("toys", items, errors=errors) == 10
+    assert sorted(errors) == [3, 9]
+    assert "has a field this route does not know" in str(errors[3])
+    errors.clear()
+    queries: list[Any] = ["a", {"txt": "a"}, {}, {"text": "a", "id": "typo/1"}, "b"]
+    found = client.search_many(queries, k=1, errors=errors)
+    assert [len(hits) for hits in found] == [1, 0, 0, 0, 1]
+    assert sorted(errors) == [1, 2, 3]
+    assert client.delete("toys", [item["id"] for item in items]) == 10
+
+
 def test_queries_whose_hits_are_too_many_together_are_asked_apart(running: Running, client: Client):
     found = client.search_many([f"text {i}" for i in range(19)], k=1000)
     assert [len(hits) for hits in found] == [6] * 19

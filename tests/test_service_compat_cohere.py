@@ -73,7 +73,7 @@ def test_inputs_mix_texts_and_pictures(world: Toys):
         ({"texts": []}, "texts"),
         ({"texts": ["a", " "]}, "texts[1]"),
         ({"texts": ["a"], "output_dimension": 8}, "output_dimension"),
-        ({"texts": ["a"], "embedding_types": ["float16"]}, "embedding_types.0"),
+        ({"texts": ["a"], "embedding_types": ["float16"]}, "embedding_types[0]"),
         ({"texts": ["a"], "embedding_types": ["float"] * 7}, "embedding_types"),
         ({"texts": ["a"], "truncate": "START"}, "truncate"),
         ({"texts": ["a", "long " * 50], "truncate": "NONE"}, "texts[1]"),

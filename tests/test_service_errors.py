@@ -4,6 +4,7 @@ import errno
 
 import orjson
 import pytest
+from pydantic import ValidationError
 
 from clipserve.errors import (
     CheckpointError,
@@ -27,6 +28,7 @@ from service.errors import (
     error_response,
     invalid_body,
 )
+from service.schemas import ClassifyRequest, SearchRequest, UpsertRequest
 
 
 @pytest.mark.parametrize(
@@ -93,3 +95,24 @@ def test_a_wrong_body_is_told_without_its_values():
     assert (fields["param"], fields["message"]) == ("k", "k: Input should be a number")
     unknown = [{"type": "extra_forbidden", "loc": ("secret",), "msg": "not permitted"}]
     assert "secret" not in str(error_fields(invalid_body(unknown)))
+    assert error_fields(invalid_body(unknown))["param"] is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "place"),
+    [
+        (UpsertRequest, {"items": [{"id": "a"}, {"id": "b", "metadata": 1}]}, "items[1].metadata"),
+        (UpsertRequest, {"items": [{"id": "a"}, {"id": "b", "metdata": {}}]}, "items[1]"),
+        (SearchRequest, {"batch": [{"queries": [{"txt": "a"}]}]}, "batch[0].queries[0]"),
+        (SearchRequest, {"batch": [{"text": "a"}, {"vector": ["x"]}]}, "batch[1].vector[0]"),
+        (ClassifyRequest, {"images": ["a", 0]}, "images[1]"),
+        (ClassifyRequest, {"templates": 0}, "templates"),
+        (ClassifyRequest, {"top_k": 0}, "top_k"),
+    ],
+)
+def test_a_wrong_body_is_told_by_its_place_as_routes_tell_it(kind, body, place):
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate(body)
+    fields = error_fields(invalid_body(caught.value.errors()))
+    assert fields["param"] == place
+    assert fields["message"].startswith(place)

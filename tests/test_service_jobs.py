@@ -285,7 +285,7 @@ def test_an_id_is_a_job_or_nothing(own_world: World, id: str):
     [
         ({"collection": "nope", "items": [{"id": "a", "text": "x"}]}, 404, "no such collection"),
         ({"items": []}, 400, "no items"),
-        ({"items": [{"text": "x"}]}, 422, "items.0.id"),
+        ({"items": [{"text": "x"}]}, 422, "items[0].id"),
         ({"items": [{"id": "a", "sound": "x"}]}, 422, "does not know"),
         ({"lines": []}, 422, "does not know"),
     ],

@@ -174,14 +174,14 @@ def test_unknown_fields_are_not_each_an_error(world: World):
         schemas.ClassifyRequest.model_validate(fields)
     assert caught.value.error_count() == 1
     answer = world.client.post("/v1/search", json={"batch": [fields]})
-    assert (answer.status_code, error(answer)["param"]) == (422, "batch.0")
+    assert (answer.status_code, error(answer)["param"]) == (422, "batch[0]")
     assert "more than 100 fields" in error(answer)["message"]
 
 
 def test_a_body_of_lists_and_objects_alone_is_not_read(world: World, monkeypatch):
     monkeypatch.setattr(bodies, "_MAX_BRACKETS", 100)
     answer = world.client.post("/v1/embeddings", json={"input": [[]] * 100})
-    assert (answer.status_code, error(answer)["code"]) == (422, "invalid_body")
+    assert (answer.status_code, error(answer)["code"]) == (422, "too_many_items")
     assert "more than 100 lists and objects" in error(answer)["message"]
 
 

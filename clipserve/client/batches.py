@@ -23,8 +23,9 @@ Send = Callable[[Sequence[Any]], Awaitable[Sequence[Any]]]
 
 _NUMBER_BYTES = 24
 _OF_ITEMS = re.compile(r"(input|images|texts|items|ids|batch|queries)(\[|$)")
-_TIMES_ITEMS = ("k", "with_vectors")
-"""fields of a search that cost something for each of its queries"""
+_TOO_LARGE = ("body_too_large", "answer_too_large")
+_TIMES_ITEMS = (None, "k", "k_test", "with_vectors")
+"""fields of a search that cost something for each of its queries; None: the body has too much"""
 
 
 class Batches:
@@ -99,7 +100,7 @@ def _is_of_items(error: RequestRefused) -> bool:
     """Whether fewer items, or others, could be answered: `input[3]` is one, `labels[3]` is not."""
     if error.code == "too_many_items" and error.param in _TIMES_ITEMS:
         return True
-    return error.code == "body_too_large" or bool(_OF_ITEMS.match(error.param or ""))
+    return error.code in _TOO_LARGE or bool(_OF_ITEMS.match(error.param or ""))
 
 
 def _sift(found: list[Any], first: int, errors: Errors | None) -> list[Any]:

@@ -120,11 +120,12 @@ def _parse(
     count = sum(map(len, queries))
     if count:
         check_count(count, registry.settings.max_items, "queries")
-    for terms in queries:
+    for i, terms in enumerate(queries):
         if not 1 <= len(terms) <= mixing.MAX_PARTS:
             raise RequestError(
                 f"give exactly one of text, image, vector and id, or up to {mixing.MAX_PARTS}"
-                f" queries to mix; {len(terms)} were given"
+                f" queries to mix; {len(terms)} were given",
+                param=None if body.batch is None else f"batch[{i}]",
             )
     return [_Asked(terms) for terms in queries]
 
@@ -134,7 +135,8 @@ def _terms(query: Query, place: str, embed_dim: int, max_chars: int) -> list[_Te
     if len(own) > 1 or (own and query.queries is not None):
         raise RequestError(
             f"give exactly one of text, image, vector and id, or mix them in queries; {len(own)}"
-            " were given"
+            " were given",
+            param=place[:-1] or None,
         )
     if own:
         return [_term(query, f"{place}{own[0]}", own[0], 1.0, embed_dim, max_chars)]
