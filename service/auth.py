@@ -147,9 +147,11 @@ def client_address(scope: Scope) -> str:
         address = ipaddress.ip_address(host)
     except ValueError:
         return host
-    if address.version == 6:
-        return str(ipaddress.ip_network((address, 64), strict=False))
-    return host
+    if isinstance(address, ipaddress.IPv4Address):
+        return host
+    if address.ipv4_mapped is not None:  # how IPv4 comes in where `::` is listened on
+        return str(address.ipv4_mapped)
+    return str(ipaddress.ip_network((address, 64), strict=False))
 
 
 def _sent_token(headers: Sequence[tuple[bytes, bytes]]) -> bytes:

@@ -177,11 +177,14 @@ def test_each_key_has_its_own_rate(file: Path):
     ("host", "address"),
     [
         ("1.2.3.4", "1.2.3.4"),
+        ("::ffff:1.2.3.4", "1.2.3.4"),
+        ("::ffff:102:304", "1.2.3.4"),
+        ("::1.2.3.4", "::/64"),
         ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
         ("testclient", "testclient"),
     ],
 )
-def test_a_client_is_its_address_or_its_ipv6_network(host: str, address: str):
+def test_a_client_is_its_ipv4_address_or_its_ipv6_network(host: str, address: str):
     assert client_address({"client": (host, 1)}) == address
 
 
