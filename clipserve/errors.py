@@ -24,6 +24,8 @@
           |- NotThere        404: no such model, collection, item or job
           `- ItemRefused     one of the items that were sent
 
+A warning of the client's, `TextTruncated`, is beside it.
+
 Every message says what, the value, what is allowed, and what to do.
 """
 
@@ -159,6 +161,10 @@ class ItemRefused(RequestRefused):
 
     index: int = -1
     """its place among those that were given"""
+
+
+class TextTruncated(UserWarning):
+    """A text did not fit into the model's context, and what is behind it counted for nothing."""
 
 
 def first_line(error: BaseException) -> str:

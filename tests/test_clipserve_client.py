@@ -51,10 +51,13 @@ class Fake:
             return self.embed(body)
         if request.url.path == "/v1/classify":
             results = [self.classified(i, text) for i, text in enumerate(body["images"])]
-            return httpx.Response(200, json={"results": results})
+            return httpx.Response(200, json={"results": results, "truncated_labels": []})
         if request.url.path == "/v1/match":
             count = max(len(body["images"]), len(body["texts"]))
-            results = [{"image": 0, "text": 0, "probability": i / 10} for i in range(count)]
+            results = [
+                {"image": 0, "text": 0, "probability": i / 10, "truncated": i == 2}
+                for i in range(count)
+            ]
             return httpx.Response(200, json={"results": results})
         return httpx.Response(404, json={})
 
@@ -257,7 +260,8 @@ def test_queries_that_are_too_much_together_are_asked_apart(code: str, param: st
         sizes.append(len(queries))
         if len(queries) > 2:
             return refuse("too much", code, param, 400)
-        return httpx.Response(200, json={"results": [{"hits": []} for _ in queries]})
+        found = {"query": {"kind": "text", "truncated": False}, "hits": []}
+        return httpx.Response(200, json={"results": [found] * len(queries)})
 
     with clipserve.Client(transport=httpx.MockTransport(answer)) as client:
         assert client.search_many(["a"] * 7) == [[]] * 7
@@ -301,7 +305,10 @@ def test_predictions_are_in_the_order_of_the_pictures():
 def test_one_picture_is_sent_once_for_many_texts():
     fake = Fake()
     with fake.client() as client:
-        assert client.match([b"a"], ["x", "y", "z"]).tolist() == pytest.approx([0, 0.1, 0.2])
+        cut: set[int] = set()
+        found = client.match([b"a"], ["x", "y", "z"], truncated=cut)
+        assert found.tolist() == pytest.approx([0, 0.1, 0.2])
+        assert cut == {2}
         assert client.match([b"a", b"b"], ["x"]).shape == (2,)
         assert client.match([b"a", b"b"], ["x", "y"]).shape == (2,)
         with pytest.raises(RequestRefused, match="no pairs"):
@@ -317,6 +324,13 @@ def test_the_asynchronous_client_answers_the_same():
             return await client.embed_texts(TEXTS)
 
     assert asyncio.run(run())[:, 0].tolist() == LENGTHS
+
+
+def test_both_clients_have_the_same_calls():
+    def calls(kind: type) -> set[str]:
+        return {name for name in dir(kind) if not name.startswith("_")}
+
+    assert calls(clipserve.Client) == calls(clipserve.AsyncClient)
 
 
 def test_the_client_is_used_without_torch():

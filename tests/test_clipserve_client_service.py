@@ -1,18 +1,27 @@
 """The client and the service, over loopback: what a call returns is what the model would."""
 
 import asyncio
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from conftest import make_picture
 from toys import listening
 
 import clipserve
-from clipserve.client import Client
-from clipserve.errors import AccessDenied, ItemRefused, NotThere, RequestRefused, ServiceUnreachable
+from clipserve.client import Client, Ranked
+from clipserve.errors import (
+    AccessDenied,
+    ItemRefused,
+    NotThere,
+    RequestRefused,
+    ServiceUnreachable,
+    TextTruncated,
+)
 from clipserve.model import Model
 from service.keys import add_key
 
@@ -199,6 +208,138 @@ def test_texts_are_classified(running: Running, client: Client):
     assert [one[0].label for one in found] == [labels[i] for i in expected.argmax(axis=1)]
     got = [one[0].probability for one in found]
     np.testing.assert_allclose(got, expected.max(axis=1), atol=1e-4)
+
+
+LONG = "a red heart " * 100
+
+
+def test_texts_that_are_cut_are_warned_of_named_or_refused(client: Client):
+    with pytest.warns(TextTruncated, match="item 1$"):
+        client.embed_texts(["a", LONG])
+    with pytest.warns(TextTruncated, match="item 0, item 1, item 2, item 3, item 4, 15 more$"):
+        client.embed_texts([LONG] * 20)
+    cut: set[int] = set()
+    client.embed_texts(["a", LONG] * 30, truncated=cut)
+    assert cut == set(range(1, 60, 2))
+    errors: dict[int, Any] = {}
+    vectors = client.embed_texts(["a", LONG], truncate=False, errors=errors)
+    assert np.isnan(vectors).any(axis=1).tolist() == [False, True]
+    assert errors[1].code == "text_too_long"
+    with pytest.raises(ItemRefused, match="item 1"):
+        client.embed_texts(["a", LONG], truncate=False)
+
+
+def test_every_call_that_cuts_texts_says_so(running: Running, client: Client):
+    cut: set[int] = set()
+    errors: dict[int, Any] = {}
+    items = [{"id": f"cut/{i}", "text": text} for i, text in enumerate(("b", LONG, "a", LONG))]
+    items[2]["id"] = ""
+    assert client.upsert("toys", items, truncated=cut, errors=errors) == 3
+    assert (cut, list(errors)) == ({1, 3}, [2])
+    cut.clear()
+    client.search_many(["a", LONG], truncated=cut)
+    client.classify_texts([LONG], ["cat", "dog"], truncated=cut)
+    assert cut == {0, 1}
+    with pytest.warns(TextTruncated, match="item 0$"):
+        client.upsert("toys", [{"id": "cut/1", "text": LONG}])
+    with pytest.warns(TextTruncated, match="item 1$"):
+        client.search_many(["a", LONG])
+    with pytest.warns(TextTruncated, match="the query$"):
+        client.search(LONG)
+    with pytest.warns(TextTruncated, match="label 1$"):
+        client.classify(running.pictures[:1], ["cat", LONG])
+    with pytest.warns(TextTruncated, match="label 0$"):
+        client.classify_texts(["a"], [LONG, "cat"])
+    with pytest.warns(TextTruncated, match=r"query, documents\[1\]$"):
+        client.rerank(LONG, ["a", LONG])
+    assert client.delete("toys", ["cut/0", "cut/1", "cut/3"]) == 3
+
+
+def test_the_asynchronous_client_warns_in_the_line_that_called_it(running: Running):
+    async def run() -> None:
+        async with clipserve.AsyncClient(running.address) as client:
+            await client.embed_texts([LONG])
+
+    with pytest.warns(TextTruncated) as told:
+        asyncio.run(run())
+    assert [one.filename for one in told] == [__file__]
+
+
+def test_documents_are_ordered_by_how_they_fit(running: Running, client: Client):
+    texts = ["a cat", "a dog", "a red heart"]
+    expected = running.model.embed_texts(texts) @ running.model.embed_texts(["a dog"])[0]
+    found = client.rerank("a dog", texts)
+    assert [one.index for one in found] == np.argsort(-expected).tolist()
+    assert [one.score for one in found] == pytest.approx(sorted(expected, reverse=True), abs=1e-5)
+    documents = [{"image": picture} for picture in running.pictures]
+    (best,) = client.rerank({"image": running.pictures[3]}, documents, top_n=1)
+    assert best == Ranked(3, pytest.approx(1.0, abs=1e-5))
+
+
+def test_items_are_counted_and_shown(running: Running, client: Client):
+    assert client.count("toys", filter={"n": {"gte": 4}}) == 2
+    assert client.count("toys") == client.collection("toys")["count"]
+    assert client.item_image("toys", "toy/4").startswith(b"\xff\xd8")
+    with pytest.raises(NotThere):
+        client.item_image("toys", "none")
+
+
+def test_there_is_a_call_for_every_route(running: Running):
+    """All of them, on a service that knows nothing and says it is done."""
+    schema = httpx.get(f"{running.address}/openapi.json").json()
+    routes = {
+        (method.upper(), path)
+        for path, ways in schema["paths"].items()
+        for method in ways
+        if path.startswith("/v1/")
+    }
+    routes.remove(("DELETE", "/v1/collections/{name}/items/{id}"))  # `delete` takes any number
+    patterns = {
+        (method, path): re.compile(re.sub("{.*?}", "[^/:]+", path) + "$") for method, path in routes
+    }
+    asked: set[tuple[str, str]] = set()
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.update(
+            route
+            for route, pattern in patterns.items()
+            if route[0] == request.method and pattern.match(request.url.path)
+        )
+        return httpx.Response(200, json=NOTHING)
+
+    with Client(transport=httpx.MockTransport(answer)) as client:
+        client.embed_texts(["a"], errors={})
+        client.classify_texts(["a"], ["b"], errors={})
+        client.match([b"a"], ["b"], errors={})
+        client.rerank("a", ["b"])
+        client.search("a")
+        for call in (client.models, client.label_sets, client.template_sets, client.collections):
+            call()
+        for ask in (client.model, client.reload, client.collection, client.create_collection):
+            ask("a")
+        client.count("a")
+        client.rebuild("a")
+        client.items("a")
+        client.item("a", "b")
+        client.item_image("a", "b")
+        client.upsert("a", [{"id": "b"}])
+        client.delete("a", ["b"])
+        client.drop_collection("a")
+        client.start_job("a", [{"id": "b"}])
+        client.follow_job("a")
+        client.jobs()
+        client.cancel_job("a")
+    assert asked == routes
+
+
+NOTHING: dict[str, Any] = {
+    "id": "a",
+    "state": "done",
+    "query": {"truncated": False},
+    **dict.fromkeys(("count", "deleted", "done", "total"), 0),
+    **dict.fromkeys(("data", "errors", "failed", "hits", "truncated", "truncated_labels"), []),
+    "results": [{"probability": 0.5, "predictions": [], "index": 0, "relevance_score": 0.5}],
+}
 
 
 def test_a_collection_that_may_be_there_already_is_made_once(running: Running, client: Client):

@@ -61,6 +61,7 @@ with clipserve.Client(ADDRESS) as client:
     except clipserve.errors.NotThere as error:
         assert error.code == "model_not_found"
 assert numpy.isnan(errors_vectors[1]).all() and errors[1].index == 1
+assert (cut, refused[1].code) == ({1}, "text_too_long")
 """,
     "openai": """
 close(vectors, expected["texts"])

@@ -10,8 +10,8 @@ order. Calls that change nothing twice are tried again when the service is busy 
 `asynchronous.py`; the other client runs it in a thread.
 """
 
-from clipserve.client.answers import Hit, Prediction
+from clipserve.client.answers import Hit, Prediction, Ranked
 from clipserve.client.asynchronous import AsyncClient
 from clipserve.client.synchronous import Client
 
-__all__ = ["AsyncClient", "Client", "Hit", "Prediction"]
+__all__ = ["AsyncClient", "Client", "Hit", "Prediction", "Ranked"]

@@ -16,6 +16,17 @@ class Prediction:
 
 
 @dataclass(frozen=True)
+class Ranked:
+    """A document that was ordered with others."""
+
+    index: int
+    """its place among those given"""
+    score: float
+    """cosine similarity to the query; of a model that matches (ALBEF) text with picture, the
+    probability that they belong together"""
+
+
+@dataclass(frozen=True)
 class Hit:
     """An item that a search found."""
 

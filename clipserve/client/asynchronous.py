@@ -1,8 +1,9 @@
 """`AsyncClient`: every call of the service's API, as a coroutine.
 
 Its calls are in three files by what they are about. What is given as `errors` (a dict) takes the
-errors of single items, by their places; without it the first one is raised as ItemRefused. Every
-call raises ServiceError.
+errors of single items, by their places; without it the first one is raised as ItemRefused. What is
+given as `truncated` (a set) takes the places of items whose text was cut to the model's context;
+without it that is the warning TextTruncated. Every call raises ServiceError.
 """
 
 from typing import Any
@@ -24,6 +25,18 @@ class AsyncClient(VectorCalls, CollectionCalls, JobCalls):
     async def models(self) -> list[dict[str, Any]]:
         """Every model served, the default first."""
         return await self._list("/v1/models")
+
+    async def model(self, name: str) -> dict[str, Any]:
+        """One model: its sizes, its precision, its fingerprint."""
+        return await self._read("GET", address("models", name))
+
+    async def label_sets(self) -> list[dict[str, Any]]:
+        """The `labels` that `classify` may name as a `label_set`, each by its `id`."""
+        return await self._list("/v1/label-sets")
+
+    async def template_sets(self) -> list[dict[str, Any]]:
+        """The `templates` that `classify` may name, each by its `id`."""
+        return await self._list("/v1/template-sets")
 
     async def reload(self, model: str, *, path: str | None = None) -> dict[str, Any]:
         """Take in a model's new checkpoint; which collections follow is in the answer."""

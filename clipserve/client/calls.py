@@ -1,7 +1,8 @@
 """What all calls of `AsyncClient` are made of: a transport, batches, and items as JSON."""
 
-from collections.abc import Mapping
-from typing import Any, Self
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Self
 
 import httpx
 import numpy as np
@@ -9,13 +10,25 @@ import numpy as np
 from clipserve.client.batches import Batches
 from clipserve.client.pictures import encode_picture
 from clipserve.client.transport import Transport
-from clipserve.errors import RequestRefused
+from clipserve.errors import RequestRefused, TextTruncated
 
 Item = Mapping[str, Any]
 """id, and image (as `embed_images` takes it), text or vector; caption, metadata"""
 
+Truncated = set[int]
+"""takes the places of items whose text did not fit into the model's context and was cut"""
+
+_CUT_TOLD = 5
 _REQUEST_BYTES = 16 * 2**20
 _JOB_LINES = 1000
+
+
+class Answer(NamedTuple):
+    """What the service says of one item."""
+
+    value: Any
+    is_cut: bool
+    """whether its text did not fit into the model's context"""
 
 
 class Calls:
@@ -75,6 +88,36 @@ def encode_item(item: Item) -> dict[str, Any]:
     if encoded.get("queries") is not None:
         encoded["queries"] = [encode_item(part) for part in encoded["queries"]]
     return encoded
+
+
+def encode_query(query: str | Item) -> dict[str, Any]:
+    """The same, where a text may be given alone."""
+    return {"text": query} if isinstance(query, str) else encode_item(query)
+
+
+def cut_places(answers: Sequence[Answer | None]) -> list[int]:
+    """The items whose text was cut."""
+    return [place for place, one in enumerate(answers) if one is not None and one.is_cut]
+
+
+def tell_cut(cut: Sequence[int | str], truncated: Truncated | None = None) -> None:
+    """Of an item its place: into the set there is for that, or in a warning.
+
+    Anything else that was cut is given by its name. For methods that the user calls: the warning is
+    of the line that does.
+    """
+    if truncated is not None:
+        truncated.update(one for one in cut if isinstance(one, int))
+    elif cut:
+        names = [one if isinstance(one, str) else f"item {one}" for one in cut[:_CUT_TOLD]]
+        if more := len(cut) - len(names):
+            names.append(f"{more} more")
+        listed = ", ".join(names)
+        warnings.warn(
+            f"cut to the model's context, the rest of the text is lost: {listed}",
+            TextTruncated,
+            stacklevel=3,
+        )
 
 
 def error_of(answer: Mapping[str, Any]) -> RequestRefused | None:

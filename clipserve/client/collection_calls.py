@@ -1,5 +1,6 @@
 """Collections: making and dropping them, what is in them, and searching it."""
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from urllib.parse import urlencode
@@ -8,7 +9,17 @@ import numpy as np
 
 from clipserve.client.answers import Hit
 from clipserve.client.batches import Errors, Progress
-from clipserve.client.calls import Calls, Item, encode_item, given
+from clipserve.client.calls import (
+    Answer,
+    Calls,
+    Item,
+    Truncated,
+    cut_places,
+    encode_item,
+    encode_query,
+    given,
+    tell_cut,
+)
 from clipserve.client.pictures import Picture
 from clipserve.client.transport import address
 from clipserve.errors import NotThere, RequestRefused
@@ -44,6 +55,7 @@ class CollectionCalls(Calls):
         what = given(text=text, image=image, vector=vector, id=id, queries=queries)
         how = given(k=k, collection=collection, filter=filter, **options)
         answer = await self._call("POST", "/v1/search", encode_item(what) | how)
+        tell_cut(["the query"] if answer["query"]["truncated"] else [])
         return [Hit.read(hit) for hit in answer["hits"]]
 
     async def search_many(
@@ -54,6 +66,7 @@ class CollectionCalls(Calls):
         k: int = 10,
         collection: str | None = None,
         filter: Mapping[str, Any] | None = None,
+        truncated: Truncated | None = None,
         errors: Errors | None = None,
         progress: Progress | None = None,
         **options: Any,
@@ -64,18 +77,23 @@ class CollectionCalls(Calls):
 
         async def send(encoded: Sequence[Any]) -> list[Any]:
             answer = await self._call("POST", "/v1/search", {"batch": encoded, **how})
-            return [[Hit.read(hit) for hit in one["hits"]] for one in answer["results"]]
+            return [
+                Answer([Hit.read(hit) for hit in one["hits"]], one["query"]["truncated"])
+                for one in answer["results"]
+            ]
 
         found = await self._batches.run(
-            queries, _encode_query, send, errors=errors, progress=progress
+            queries, encode_query, send, errors=errors, progress=progress
         )
-        return [hits or [] for hits in found]
+        tell_cut(cut_places(found), truncated)
+        return [[] if one is None else one.value for one in found]
 
     async def upsert(
         self,
         collection: str,
         items: Iterable[Item],
         *,
+        truncated: Truncated | None = None,
         errors: Errors | None = None,
         progress: Progress | None = None,
     ) -> int:
@@ -86,10 +104,12 @@ class CollectionCalls(Calls):
         place = address("collections", collection, "items")
 
         async def send(encoded: Sequence[Any]) -> list[Any]:
-            await self._call("PUT", place, {"items": encoded})
-            return [True] * len(encoded)
+            answer = await self._call("PUT", place, {"items": encoded})
+            cut = set(answer["truncated"])
+            return [Answer(True, row in cut) for row in range(len(encoded))]
 
         found = await self._batches.run(items, encode_item, send, errors=errors, progress=progress)
+        tell_cut(cut_places(found), truncated)
         return sum(one is not None for one in found)
 
     async def delete(self, collection: str, ids: Iterable[str]) -> int:
@@ -114,6 +134,12 @@ class CollectionCalls(Calls):
         query = urlencode({"start_after": start_after, "limit": limit})
         return await self._list(f"{address('collections', collection, 'items')}?{query}")
 
+    async def item_image(self, collection: str, id: str) -> bytes:
+        """The small JPEG that was kept of an item's picture; NotThere where there is none."""
+        place = address("collections", collection, "items", id, "image")
+        jpeg: bytes = await self._call("GET", place, as_bytes=True)
+        return jpeg
+
     async def collections(self) -> list[dict[str, Any]]:
         """Every collection served."""
         return await self._list("/v1/collections")
@@ -121,6 +147,17 @@ class CollectionCalls(Calls):
     async def collection(self, name: str) -> dict[str, Any]:
         """One collection: its size, its model, its index."""
         return await self._read("GET", address("collections", name))
+
+    async def count(self, collection: str, *, filter: Mapping[str, Any] | None = None) -> int:
+        """How many items there are, or how many a filter holds for."""
+        query = "" if filter is None else "?" + urlencode({"filter": json.dumps(filter)})
+        answer = await self._read("GET", address("collections", collection, "count") + query)
+        count: int = answer["count"]
+        return count
+
+    async def rebuild(self, collection: str) -> None:
+        """Build the index anew, in the background; `collection` says `rebuilding` until then."""
+        await self._read("POST", address("collections", collection) + ":rebuild")
 
     async def create_collection(
         self, name: str, *, model: str | None = None, exist_ok: bool = False
@@ -157,7 +194,3 @@ class CollectionCalls(Calls):
         except NotThere:
             if not missing_ok:
                 raise
-
-
-def _encode_query(query: Query) -> dict[str, Any]:
-    return {"text": query} if isinstance(query, str) else encode_item(query)

@@ -67,10 +67,11 @@ class Transport:
         body: Any = None,
         *,
         lines: Sequence[Any] | None = None,
+        as_bytes: bool = False,
         idempotent: bool = True,
         look: Callable[[], Awaitable[Any]] | None = None,
     ) -> Any:
-        """The answer's JSON, to a body of JSON or of lines of it.
+        """The answer's JSON, or its bytes, to a body of JSON or of lines of it.
 
         Raises ServiceError, the kind of which says what to do. What is not idempotent is sent again
         only after a 429, which says that nothing was done; or where `look` finds out what was: the
@@ -78,7 +79,8 @@ class Transport:
         """
         for attempt in range(self._retries + 1):
             try:
-                return await self._try(method, path, body, lines)
+                answer = await self._try(method, path, body, lines)
+                return answer.content if as_bytes else self._json(answer)
             except (ServiceUnreachable, ServiceOverloaded) as error:
                 is_undone = error.status == 429
                 if attempt == self._retries or not (idempotent or is_undone):
@@ -92,7 +94,9 @@ class Transport:
         """Between two requests."""
         await self._sleep(seconds)
 
-    async def _try(self, method: str, path: str, body: Any, lines: Sequence[Any] | None) -> Any:
+    async def _try(
+        self, method: str, path: str, body: Any, lines: Sequence[Any] | None
+    ) -> httpx.Response:
         how: dict[str, Any] = {"json": body}
         if lines is not None:
             content = "\n".join(map(json.dumps, lines)) + "\n"
@@ -108,12 +112,16 @@ class Transport:
             raise ServiceUnreachable(f"{self._url} cannot be reached: {reason}") from None
         if not answer.is_success:
             raise read_error(answer)
+        return answer
+
+    def _json(self, answer: httpx.Response) -> Any:
         try:
             return answer.json()
         except ValueError:
+            asked = f"{answer.request.method} {answer.request.url.raw_path.decode()}"
             raise ServiceFailed(
-                f"{self._url} answered {method} {path} with something that is not JSON; is a"
-                " clipserve service there?",
+                f"{self._url} answered {asked} with something that is not JSON; is a clipserve"
+                " service there?",
                 status=answer.status_code,
             ) from None
 

@@ -1,20 +1,31 @@
-"""Vectors and probabilities: embedding, classification, matching.
+"""Vectors and probabilities: embedding, classification, matching, ordering.
 
 Legend: N items, E embedding.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, TypedDict, Unpack
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypedDict, Unpack
 
 import numpy as np
 
-from clipserve.client.answers import Prediction, read_vector
+from clipserve.client.answers import Prediction, Ranked, read_vector
 from clipserve.client.batches import Errors, Progress
-from clipserve.client.calls import Calls, error_of, given
+from clipserve.client.calls import (
+    Answer,
+    Calls,
+    Truncated,
+    cut_places,
+    encode_query,
+    error_of,
+    given,
+    tell_cut,
+)
 from clipserve.client.pictures import Picture, encode_picture
 from clipserve.errors import RequestRefused
 
 Priority = Literal["interactive", "bulk"]
+Passage = str | Mapping[str, Any]
+"""a text, {"text": ...} or {"image": ...} (as `embed_images` takes it)"""
 
 
 class Judging(TypedDict, total=False):
@@ -45,7 +56,8 @@ class VectorCalls(Calls):
     ) -> np.ndarray:
         """(N, E) float32 unit vectors; NaN where `errors` tells why."""
         common = given(modality="image", model=model, priority=priority)
-        return await self._embed(images, encode_picture, common, errors, progress)
+        vectors, _ = await self._embed(images, encode_picture, common, errors, progress)
+        return vectors
 
     async def embed_texts(
         self,
@@ -53,12 +65,19 @@ class VectorCalls(Calls):
         *,
         model: str | None = None,
         priority: Priority = "interactive",
+        truncate: bool = True,
+        truncated: Truncated | None = None,
         errors: Errors | None = None,
         progress: Progress | None = None,
     ) -> np.ndarray:
-        """(N, E) float32 unit vectors; NaN where `errors` tells why."""
-        common = given(modality="text", model=model, priority=priority)
-        return await self._embed(texts, str, common, errors, progress)
+        """(N, E) float32 unit vectors; NaN where `errors` tells why.
+
+        truncate: False refuses a text that does not fit into the model's context.
+        """
+        common = given(modality="text", model=model, priority=priority, truncate=truncate)
+        vectors, cut = await self._embed(texts, str, common, errors, progress)
+        tell_cut(cut, truncated)
+        return vectors
 
     async def classify(
         self,
@@ -71,20 +90,26 @@ class VectorCalls(Calls):
     ) -> list[list[Prediction]]:
         """The labels of each picture, most probable first; none where `errors` tells why."""
         common = _judging(labels, how)
-        return await self._classify("images", images, encode_picture, common, errors, progress)
+        found = await self._classify("images", images, encode_picture, common, errors, progress)
+        tell_cut(found.cut_labels)
+        return found.predictions
 
     async def classify_texts(
         self,
         texts: Iterable[str],
         labels: Sequence[str] | None = None,
         *,
+        truncated: Truncated | None = None,
         errors: Errors | None = None,
         progress: Progress | None = None,
         **how: Unpack[Judging],
     ) -> list[list[Prediction]]:
         """The labels of each text, most probable first; none where `errors` tells why."""
         common = _judging(labels, how)
-        return await self._classify("texts", texts, str, common, errors, progress)
+        found = await self._classify("texts", texts, str, common, errors, progress)
+        tell_cut(found.cut, truncated)
+        tell_cut(found.cut_labels)
+        return found.predictions
 
     async def match(
         self,
@@ -92,6 +117,7 @@ class VectorCalls(Calls):
         texts: Sequence[str],
         *,
         model: str | None = None,
+        truncated: Truncated | None = None,
         errors: Errors | None = None,
         progress: Progress | None = None,
     ) -> np.ndarray:
@@ -115,7 +141,7 @@ class VectorCalls(Calls):
             pictures, captions = zip(*encoded, strict=True)
             body = {"images": shared or pictures, "texts": captions, **given(model=model)}
             answer = await self._call("POST", "/v1/match", body)
-            return [error_of(one) or one["probability"] for one in answer["results"]]
+            return [error_of(one) or _answer(one, one["probability"]) for one in answer["results"]]
 
         found = await self._batches.run(
             list(pairs),
@@ -124,7 +150,23 @@ class VectorCalls(Calls):
             errors=errors,
             progress=progress,
         )
-        return np.array([np.nan if one is None else one for one in found], dtype=np.float32)
+        tell_cut(cut_places(found), truncated)
+        return np.array([np.nan if one is None else one.value for one in found], dtype=np.float32)
+
+    async def rerank(
+        self,
+        query: Passage,
+        documents: Iterable[Passage],
+        *,
+        top_n: int | None = None,
+        model: str | None = None,
+    ) -> list[Ranked]:
+        """The documents by how they fit the query, best first; as many as one request may hold."""
+        encoded = [encode_query(document) for document in documents]
+        body = {"query": encode_query(query), "documents": encoded, **given(top_n=top_n)}
+        answer = await self._call("POST", "/v1/rerank", body | given(model=model))
+        tell_cut(answer["truncated"])
+        return [Ranked(one["index"], one["relevance_score"]) for one in answer["results"]]
 
     async def _embed(
         self,
@@ -133,24 +175,26 @@ class VectorCalls(Calls):
         common: dict[str, Any],
         errors: Errors | None,
         progress: Progress | None,
-    ) -> np.ndarray:
+    ) -> tuple[np.ndarray, list[int]]:
+        """Vectors, and the places of texts that were cut."""
+
         async def send(encoded: Sequence[str]) -> list[Any]:
             body = {"input": encoded, "encoding_format": "base64", "on_error": "report", **common}
             answer = await self._call("POST", "/v1/embeddings", body)
             found: list[Any] = [None] * len(encoded)
             for one in answer["data"]:
-                found[one["index"]] = read_vector(one["embedding"])
+                found[one["index"]] = _answer(one, read_vector(one["embedding"]))
             for one in answer["errors"]:
                 found[one["index"]] = error_of(one)
             return found
 
         rows = await self._batches.run(items, encode, send, errors=errors, progress=progress)
-        width = next((len(row) for row in rows if row is not None), 0)
+        width = next((len(row.value) for row in rows if row is not None), 0)
         vectors = np.full((len(rows), width), np.nan, dtype=np.float32)
         for place, row in enumerate(rows):
             if row is not None:
-                vectors[place] = row
-        return vectors
+                vectors[place] = row.value
+        return vectors, cut_places(rows)
 
     async def _classify(
         self,
@@ -160,13 +204,24 @@ class VectorCalls(Calls):
         common: dict[str, Any],
         errors: Errors | None,
         progress: Progress | None,
-    ) -> list[list[Prediction]]:
+    ) -> "_Classified":
+        cut_labels: list[str] = []
+
         async def send(encoded: Sequence[str]) -> list[Any]:
             answer = await self._call("POST", "/v1/classify", {kind: encoded, **common})
-            return [error_of(one) or _predictions(one) for one in answer["results"]]
+            cut_labels[:] = [f"label {place}" for place in answer["truncated_labels"]]
+            return [error_of(one) or _answer(one, _predictions(one)) for one in answer["results"]]
 
         found = await self._batches.run(items, encode, send, errors=errors, progress=progress)
-        return [predictions or [] for predictions in found]
+        predictions = [[] if one is None else one.value for one in found]
+        return _Classified(predictions, cut_places(found), cut_labels)
+
+
+class _Classified(NamedTuple):
+    predictions: list[list[Prediction]]
+    cut: list[int]
+    cut_labels: list[str]
+    """of every request the same"""
 
 
 def _judging(labels: Sequence[str] | None, how: Judging) -> dict[str, Any]:
@@ -178,3 +233,7 @@ def _judging(labels: Sequence[str] | None, how: Judging) -> dict[str, Any]:
 
 def _predictions(answer: dict[str, Any]) -> list[Prediction]:
     return [Prediction(one["label"], one["probability"]) for one in answer["predictions"]]
+
+
+def _answer(answer: dict[str, Any], value: Any) -> Answer:
+    return Answer(value, answer.get("truncated", False))  # which a picture has not
