@@ -51,8 +51,9 @@ def test_what_cannot_be_embedded_is_named(world: Toys, body: dict[str, Any], par
 
 def test_the_probes_answer_without_a_body(world: Toys):
     for name in ("live", "ready"):
-        answer = world.client.get(f"/.well-known/{name}")
-        assert (answer.status_code, answer.content) == (204, b"")
+        for method in ("GET", "HEAD"):
+            answer = world.client.request(method, f"/.well-known/{name}")
+            assert (answer.status_code, answer.content) == (204, b"")
     assert world.client.get("/meta").json()["model"] == "tiny"
 
 

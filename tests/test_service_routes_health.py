@@ -175,4 +175,5 @@ def test_probes_may_ask_for_the_head_alone(registry: Registry):
             lifecycle.phase = phase
             assert client.head("/health/ready").status_code == status
             assert client.head("/health/live").status_code == 200
+            assert client.head("/health").status_code == 200
             assert client.head("/").status_code == 200

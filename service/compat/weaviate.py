@@ -63,12 +63,14 @@ async def meta(registry: ServedRegistry) -> Response:
     return reply({"embed_dim": served.model.embed_dim}, served)
 
 
+@router.head("/.well-known/live", status_code=204, include_in_schema=False)
 @router.get("/.well-known/live", status_code=204)
 async def live() -> Response:
     """The process answers."""
     return Response(status_code=204)
 
 
+@router.head("/.well-known/ready", status_code=204, include_in_schema=False)
 @router.get("/.well-known/ready", status_code=204)
 async def ready(request: Request) -> Response:
     """As /health/ready; Weaviate waits for it when it starts."""

@@ -65,6 +65,7 @@ class Readiness:
         return None
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health")
 async def health(request: Request, registry: ServedRegistry) -> Response:
     """The process answers, and serves these models; strangers are not told which."""
