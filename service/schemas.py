@@ -9,13 +9,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.json_schema import models_json_schema
 
 from clipserve.config import RerankScore
 
 T = TypeVar("T")
 RowEncoding = Literal["float", "base64", "binary", "ubinary"]
+_Priority = Literal["interactive", "bulk"]
 
 K_MAX = 1000
 OFFSET_MAX = 9000
@@ -58,6 +59,10 @@ class Body(BaseModel):
         if len(value) > _MAX_FIELDS:  # each unknown one would be an error of its own
             raise ValueError(f"an object has more than {_MAX_FIELDS} fields")
         return value
+
+
+def _pass_over_vllms(priority: Any) -> Any:
+    return "interactive" if isinstance(priority, int) else priority
 
 
 class EmbeddingsRequest(Body):
@@ -109,8 +114,12 @@ class EmbeddingsRequest(Body):
     """fail: one bad item fails the request; report: the others are answered, `errors` names it"""
     truncate: bool = True
     """false: a text that does not fit into the model's context is an error, instead of cut"""
-    priority: Literal["interactive", "bulk"] = "interactive"
-    """bulk: behind what is interactive; while that goes on, it has one small batch in nine"""
+    priority: Annotated[
+        _Priority,
+        BeforeValidator(_pass_over_vllms, json_schema_input_type=_Priority | int),
+    ] = "interactive"
+    """bulk: behind what is interactive; while that goes on, it has one small batch in nine; a whole
+    number is vLLM's and changes nothing"""
 
 
 class ClassifyRequest(Body):

@@ -216,6 +216,14 @@ def test_bulk_work_is_answered_like_any_other(world: World):
     np.testing.assert_allclose(body["data"][0]["embedding"], want, atol=1e-5)
 
 
+@pytest.mark.parametrize("priority", [0, 3, -1])
+def test_a_priority_of_vllms_changes_nothing(world: World, priority: int):
+    one = {"role": "user", "content": "a cat"}
+    body = world.post("/v1/embeddings", messages=[one], priority=priority).json()
+    want = world.model.embed_texts(["a cat"])[0]
+    np.testing.assert_allclose(body["data"][0]["embedding"], want, atol=1e-5)
+
+
 class OneHost:
     """Fetches from a dictionary."""
 
@@ -254,6 +262,7 @@ def test_a_url_is_followed_where_fetching_is_on(own_world: World):
         ({"input": "x", "model": "gpt-4"}, 404, "served here: tiny"),
         ({"input": "x", "modality": "audio"}, 422, "modality"),
         ({"input": "x", "priority": "urgent"}, 422, "priority"),
+        ({"input": "x", "priority": 1.5}, 422, "priority"),
         ({"input": "https://example.org/a.png", "modality": "image"}, 400, "URL"),
         ({"input": [{"image": "file:///etc/passwd"}]}, 400, "URL"),
         ({"input": [{"image": "/etc/passwd"}]}, 400, "base64"),
