@@ -77,7 +77,7 @@ class ServedModel:
         if count > limit:
             raise RequestError(
                 f"{len(labels)} labels in {len(sets)} templates are {count} texts; at most {limit}"
-                " are allowed in one request",
+                " are allowed in one request: take fewer templates, or raise CLIPSERVE_MAX_PROMPTS",
                 param="labels",
                 code="too_many_items",
             )

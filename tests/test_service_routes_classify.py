@@ -1,5 +1,6 @@
 """POST /v1/classify and GET /v1/label-sets."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -153,6 +154,19 @@ def test_a_stored_label_set_stands_for_its_labels(sigmoid_world: World):
     ]
 
 
+def test_as_many_prompts_as_the_settings_say_make_a_classifier(tmp_path: Path, model_dir: Path):
+    labels = [f"label {i}" for i in range(11)]
+    (tmp_path / "sets.json").write_text(json.dumps({"ten": labels[:10], "eleven": labels}))
+    settings = load_settings(label_sets=tmp_path / "sets.json", max_prompts=800)
+    with serving(tmp_path, model_dir, settings) as world:
+        for given in ({"labels": labels[:10]}, {"label_set": "ten"}):
+            answer = world.post("/v1/classify", texts=["a"], templates="openai", **given)
+            assert len(answer.json()["results"][0]["predictions"]) == 10
+        for given in ({"labels": labels}, {"label_set": "eleven"}):
+            refused = world.post("/v1/classify", texts=["a"], templates="openai", **given)
+            check_refusal(refused, 400, "at most 800 are allowed in one request: take fewer")
+
+
 def test_a_label_set_is_a_name_and_never_a_file(sigmoid_world: World):
     place = str(sigmoid_world.folder / "sets.json")
     for name in ("nope", "../sets", place):
@@ -199,7 +213,11 @@ def test_template_sets_are_listed(world: World):
         ({"labels": []}, 400, "labels is empty"),
         ({"labels": ["a", " "]}, 400, "labels[1] is empty"),
         ({"labels": ["a"] * 2001}, 400, "2000"),
-        ({"labels": ["a"] * 200, "templates": "openai"}, 400, "16000 texts; at most 8192"),
+        (
+            {"labels": ["a"] * 200, "templates": "openai"},
+            400,
+            "at most 8192 are allowed in one request: take fewer",
+        ),
         ({"labels": ["a" * 1000] * 10, "templates": ["{}" * 500] * 8}, 400, "characters"),
         ({"labels": ["a", "b" * 10_001]}, 422, "labels[1] has 10001 characters"),
         ({"templates": ["{}" + "b" * 10_000]}, 422, "templates[0] has 10002 characters"),
