@@ -2,8 +2,9 @@
 
     python -m benchmarks.poison [--model DIR] [--hostile 5000] [--good 500] [--out FILE.json]
 
-Every hostile request must get its answer (tests/poison.py says which), every good one the vectors
-that the model gives in this process; nothing is answered from a cache, and a collection is served.
+Every hostile request must get its answer (tests/poison.py says which), every good one what was
+computed in this process before: the model's vectors and probabilities, the best of the items of a
+small collection. Nothing is answered from a cache.
 Beside both /health/ready is asked twice a second: it must be true exactly while the service serves,
 from the end of loading to the signal that ends it. What the process holds is read from /proc and
 bounded: BOUNDS_MB. Exit code 1 and a list of what was wrong, if anything was. Start at `run`.
@@ -23,6 +24,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,9 @@ from benchmarks.poison_clients import (
     Service,
     attack,
     probe,
+    problem_of_hits,
+    problem_of_probabilities,
+    problem_of_vectors,
     shuffled,
     use,
 )
@@ -58,9 +63,13 @@ SETTINGS = {
     "CLIPSERVE_BODY_TIMEOUT_S": "10",
     "CLIPSERVE_TEXT_CACHE_BYTES": "0",  # or most good requests would meet a cache alone
     "CLIPSERVE_IMAGE_CACHE_BYTES": "0",
+    "CLIPSERVE_MAX_CACHED_LABELS": "1",
     "OMP_NUM_THREADS": "1",
 }
 TEXTS = ["a red shoe", "two dogs on a beach", "x", "a long walk " * 30]
+LABELS = ["a shoe", "a dog", "a beach", "something else"]
+TEMPLATES = ["{}", "a photo of a {}."]
+NUM_ITEMS, K = 50, 5
 BOUNDS_MB = {"peak over start": 1536, "end over half way": 256}
 """the first is what pictures may take while they are decoded, 1 GB, and the bodies that may be in
 flight (CLIPSERVE_MAX_INFLIGHT_BYTES); the second what malloc may keep in pieces, which grows for a
@@ -89,7 +98,9 @@ def run(path: Path, hostile: int, good: int, seconds: float, folder: Path) -> di
     """Start, attack, stop; the report."""
     seen, log = Seen(), folder / "log.txt"
     model = clipserve.load(path, device="cpu", dtype="fp32")
-    expected, collection = _expected(model), _make_collection(model, folder / "toys")
+    vectors = _item_vectors(model)
+    expected = good_requests(model, vectors)
+    collection = _make_collection(model, vectors, folder / "toys")
     rows: Rows = [*hostile_requests(), *MISBEHAVIOURS, *MISBEHAVIOURS]
     hostile = max(hostile, len(rows))
     with _started(path, collection, log, seen) as service:
@@ -112,7 +123,8 @@ def run(path: Path, hostile: int, good: int, seconds: float, folder: Path) -> di
         "hostile_requests": seen.hostile,
         "hostile_cut_off": dict(sorted(seen.cut_off.items())),
         "hostile_answered_busy": seen.hostile_busy,
-        "good_requests": seen.good,
+        "good_requests": seen.good.total(),
+        "good_requests_by_path": dict(sorted(seen.good.items())),
         "good_answered_correctly": seen.correct,
         "good_sent_again_after_429": seen.good_busy,
         "seconds": round(took, 1),
@@ -125,6 +137,40 @@ def run(path: Path, hostile: int, good: int, seconds: float, folder: Path) -> di
     unanswered = {row.name for row in rows if isinstance(row, Hostile)} - seen.answered
     found = [*seen.problems, *(f"{name}: never answered" for name in sorted(unanswered))]
     return report | {"problems": find_problems(report, hostile, good) + found[:40]}
+
+
+def good_requests(model: Model, items: np.ndarray) -> list[Good]:
+    """Embeddings, classifications and searches by turns, with their right answers.
+
+    items (N, E): the collection's, whose ids are their places.
+    """
+    pictures = [picture_bytes("JPEG", (640, 480)), picture_bytes(size=(33, 77))]
+    encoded = [base64.b64encode(data).decode() for data in pictures]
+    images = [{"image": picture} for picture in encoded]
+    of_texts, of_images = model.embed_texts(TEXTS), model.embed_images(pictures)
+    head = model.zero_shot(LABELS, TEMPLATES)
+
+    def embedding(input: list[Any], right: np.ndarray) -> Good:
+        return Good("/v1/embeddings", {"input": input}, partial(problem_of_vectors, right))
+
+    def classification(kind: str, given: list[str], vectors: np.ndarray) -> Good:
+        body = {kind: given, "labels": LABELS, "templates": TEMPLATES}
+        right = head.probabilities(vectors)
+        return Good("/v1/classify", body, partial(problem_of_probabilities, LABELS, right))
+
+    def search(batch: list[Any], queries: np.ndarray) -> Good:
+        right = partial(problem_of_hits, queries @ items.T, K)
+        return Good("/v1/search", {"batch": batch, "k": K}, right)
+
+    return [
+        embedding(TEXTS, of_texts),
+        classification("images", encoded, of_images),
+        search([{"text": text} for text in TEXTS], of_texts),
+        embedding(images, of_images),
+        classification("texts", TEXTS, of_texts),
+        search([*images, {"vector": items[-1].tolist()}], np.stack([*of_images, items[-1]])),
+        embedding([TEXTS[0], images[0]], np.stack([of_texts[0], of_images[0]])),
+    ]
 
 
 def find_problems(report: dict[str, Any], hostile: int, good: int) -> list[str]:
@@ -169,28 +215,22 @@ def _all(
         probing.join()
 
 
-def _expected(model: Model) -> list[Good]:
-    pictures = [picture_bytes("JPEG", (640, 480)), picture_bytes(size=(33, 77))]
-    encoded = [{"image": base64.b64encode(data).decode()} for data in pictures]
-    texts = model.embed_texts(TEXTS)
-    images = model.embed_images(pictures)
-    return [
-        Good({"input": TEXTS}, texts),
-        Good({"input": encoded}, images),
-        Good({"input": [TEXTS[0], encoded[0]]}, np.stack([texts[0], images[0]])),
-    ]
+def _item_vectors(model: Model) -> np.ndarray:
+    """(N, E): those of the texts, and random ones, for an untrained model's are much alike."""
+    drawn = np.random.default_rng(0).standard_normal((NUM_ITEMS - len(TEXTS), model.embed_dim))
+    drawn /= np.linalg.norm(drawn, axis=1, keepdims=True)
+    return np.concatenate([model.embed_texts(TEXTS), drawn.astype(np.float32)])
 
 
-def _make_collection(model: Model, path: Path) -> Path:
-    """One of four texts, for the hostile searches: they shall get as far as they can."""
+def _make_collection(model: Model, vectors: np.ndarray, path: Path) -> Path:
     with Collection.create(
         path,
         fingerprint=model.info.fingerprint or "",
         model_name=model.info.name,
         embed_dim=model.embed_dim,
     ) as collection:
-        items = [Item(str(i), text, "", {"n": i}) for i, text in enumerate(TEXTS)]
-        collection.upsert(items, model.embed_texts(TEXTS))
+        items = [Item(str(i), f"item {i}", "", {"n": i}) for i in range(len(vectors))]
+        collection.upsert(items, vectors)
     return path
 
 

@@ -7,7 +7,7 @@ import subprocess
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ Rows = list[Hostile | bytes]
 """bytes are all that a connection says"""
 
 LEAST_COSINE = 0.999
+MOST_OFF = 0.02
+"""of a score or a probability, for the service may compute in another precision"""
 MAY_BE_CUT_OFF = 2**20
 """bytes of a body over which a refusal may be lost, for the service does not read on"""
 BUSY = 429
@@ -51,7 +53,8 @@ class Seen:
     answered: set[str] = field(default_factory=set)
     """hostile rows that got an answer at least once, and not for being one too many"""
     cut_off: Counter[str] = field(default_factory=Counter)
-    good: int = 0
+    good: Counter[str] = field(default_factory=Counter)
+    """by path"""
     correct: int = 0
     good_busy: int = 0
     ready: Counter[str] = field(default_factory=Counter)
@@ -92,10 +95,12 @@ class Service:
 
 @dataclass(frozen=True)
 class Good:
-    """A request of a good client, and the vectors it must get."""
+    """A request of a good client, and what must be in its answer."""
 
+    path: str
     body: dict[str, Any]
-    vectors: np.ndarray
+    problem: Callable[[Any], str | None]
+    """what is wrong with an answer's JSON, None if nothing is"""
 
 
 def shuffled(rows: Rows, count: int) -> Rows:
@@ -133,10 +138,10 @@ def use(
                 answer = insist(client, seen, good, deadline)
                 correct = is_correct(seen, good, answer)
             except httpx.TransportError as error:
-                seen.wrong(f"good request: {type(error).__name__}")
+                seen.wrong(f"good request to {good.path}: {type(error).__name__}")
                 correct = False
             with seen.lock:
-                seen.good += 1
+                seen.good[good.path] += 1
                 seen.correct += correct
 
 
@@ -181,7 +186,7 @@ def _misbehave(port: int, data: bytes) -> None:
 def insist(client: httpx.Client, seen: Seen, good: Good, deadline: float) -> httpx.Response:
     """The answer to a good request, sent again while the service is busy."""
     while True:
-        answer = client.post("/v1/embeddings", json=good.body)
+        answer = client.post(good.path, json=good.body)
         wait_s = float(answer.headers.get("retry-after", 1))
         if answer.status_code != BUSY or time.monotonic() + wait_s > deadline:
             return answer
@@ -191,15 +196,52 @@ def insist(client: httpx.Client, seen: Seen, good: Good, deadline: float) -> htt
 
 
 def is_correct(seen: Seen, good: Good, answer: httpx.Response) -> bool:
-    if answer.status_code != 200:
-        seen.wrong(f"good request: status {answer.status_code}: {answer.text[:200]}")
-        return False
-    found = np.array([item["embedding"] for item in answer.json()["data"]])
-    if found.shape != good.vectors.shape:
-        seen.wrong(f"good request: vectors {found.shape} in the place of {good.vectors.shape}")
-        return False
-    cosine = float((found * good.vectors).sum(axis=1).min())
-    if not cosine >= LEAST_COSINE:
-        seen.wrong(f"good request: cosine {cosine:.6f}")
-        return False
-    return True
+    if answer.status_code == 200:
+        problem = good.problem(answer.json())
+    else:
+        problem = f"status {answer.status_code}: {answer.text[:200]}"
+    if problem is not None:
+        seen.wrong(f"good request to {good.path}: {problem}")
+    return problem is None
+
+
+def problem_of_vectors(right: np.ndarray, answer: Any) -> str | None:
+    """Unit vectors (N, E) are held against those of an answer."""
+    found = np.array([item["embedding"] for item in answer["data"]])
+    if found.shape != right.shape:
+        return f"vectors {found.shape} in the place of {right.shape}"
+    cosine = float((found * right).sum(axis=1).min())
+    return None if cosine >= LEAST_COSINE else f"cosine {cosine:.6f}"
+
+
+def problem_of_probabilities(labels: Sequence[str], right: np.ndarray, answer: Any) -> str | None:
+    """Probabilities (N, C) of so many labels, each with its name and in its place."""
+    found = np.full(right.shape, np.nan)
+    if len(answer["results"]) != len(right):
+        return f"{len(answer['results'])} results in the place of {len(right)}"
+    for row, result in zip(found, answer["results"], strict=True):
+        for one in result.get("predictions", []):
+            if one["label"] == labels[one["label_index"]]:
+                row[one["label_index"]] = one["probability"]
+    off = float(np.abs(found - right).max())
+    return None if off <= MOST_OFF else f"probabilities are off by {off:.6f}"
+
+
+def problem_of_hits(right: np.ndarray, k: int, answer: Any) -> str | None:
+    """The scores (Q, N) that items, whose ids are their places, have for the queries of a batch:
+    the k best of each, best first, with their scores and what else there is of them."""
+    if len(answer["results"]) != len(right):
+        return f"{len(answer['results'])} results in the place of {len(right)}"
+    for scores, result in zip(right, answer["results"], strict=True):
+        hits = result["hits"]
+        places = [int(hit["id"]) for hit in hits]
+        found = np.array([hit["score"] for hit in hits])
+        if len(set(places)) != k or len(hits) != k or (np.diff(found) > 0).any():
+            return f"not the {k} best items in their order: {places}"
+        if any(hit["metadata"] != {"n": place} for hit, place in zip(hits, places, strict=True)):
+            return f"metadata of other items than {places}"
+        off = float(np.abs(found - scores[places]).max())
+        passed_over = float(np.sort(scores)[-k] - scores[places].min())
+        if not max(off, passed_over) <= MOST_OFF:
+            return f"scores are off by {off:.6f}, a hit passed over is better by {passed_over:.6f}"
+    return None
