@@ -218,6 +218,14 @@ class Registry:
         future = served.admit(lambda: self._store.submit(run, function, *arguments))
         return await asyncio.wrap_future(future)
 
+    async def searcher_of(self, served: ServedCollection, field: str) -> Searcher:
+        """Over the vectors of "image" or "text". While one is opened, which reads all of them,
+        other searches go on. CollectionClosed as for `in_store`."""
+        future = served.searcher_of(field, self._store)
+        if future.done():
+            return future.result()
+        return await asyncio.shield(asyncio.wrap_future(future))  # others wait for it too
+
     def close(self) -> None:
         """Stop every thread, then close the collections."""
         self.pool.shutdown(cancel_futures=True)

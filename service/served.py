@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -173,7 +173,8 @@ class ServedCollection:
         self._read_only = settings.read_only
         self._running = contextlib.ExitStack()
         self._running.callback(searcher.close)
-        self._by_field = {searcher.field: searcher}
+        self._searchers: dict[str, Future[Searcher]] = {searcher.field: Future()}
+        self._searchers[searcher.field].set_result(searcher)
         self._lock = threading.Lock()
         self._rebuilding: threading.Thread | None = None
         if settings.rebuild_indexes and is_writable(searcher.collection.path):
@@ -204,18 +205,14 @@ class ServedCollection:
         self._is_leaving = True
         return list(self._in_store)
 
-    def searcher_of(self, field: str) -> Searcher:
-        """Over the vectors of "image" or "text"; opened at its first use, which reads them."""
-        with self._lock:
-            if self.is_closed:
-                raise CollectionClosed(f"collection {self.name!r} is closed")
-            if field not in self._by_field:
-                made = Searcher(
-                    self.collection.path, fingerprint=self.model.fingerprint, field=field
-                )
-                self._running.callback(made.close)
-                self._by_field[field] = made
-            return self._by_field[field]
+    def searcher_of(self, field: str, pool: Executor) -> Future[Searcher]:
+        """Over the vectors of "image" or "text"; opened at its first use, which reads them, by one
+        thread of the pool, whoever else waits for it. From the event loop, as `admit`."""
+        future = self._searchers.get(field)
+        if future is None or self._is_leaving or _has_failed(future):
+            future = self.admit(lambda: pool.submit(self._open_searcher, field))
+            self._searchers[field] = future
+        return future
 
     @property
     def is_rebuilding(self) -> bool:
@@ -235,6 +232,15 @@ class ServedCollection:
             self.is_closed = True
         self._running.close()
 
+    def _open_searcher(self, field: str) -> Searcher:
+        made = Searcher(self.collection.path, fingerprint=self.model.fingerprint, field=field)
+        with self._lock:
+            if not self.is_closed:
+                self._running.callback(made.close)
+                return made
+        made.close()
+        raise CollectionClosed(f"collection {self.name!r} is closed")
+
     def _rebuild(self) -> None:
         try:
             Maintainer(self.searcher).rebuild()
@@ -249,6 +255,10 @@ class ServedCollection:
                 error,
                 exc_info=None if is_ours else error,
             )
+
+
+def _has_failed(future: Future[Any]) -> bool:
+    return future.done() and (future.cancelled() or future.exception() is not None)
 
 
 def _written(path: Path | None) -> int:

@@ -22,6 +22,7 @@ from clipserve.images import make_thumbnail
 from clipserve.model import create
 from index.collection import Collection, Item
 from index.rerank import candidates, pictures_of, rerank
+from index.search import Searcher
 from service.errors import (
     Forbidden,
     ModelFailed,
@@ -207,9 +208,58 @@ def test_both_fields_of_a_collection_can_be_searched(registry, model_dir, tmp_pa
     served = registry.add_model(load(model_dir))
     path = make_collection(tmp_path / "c", served.fingerprint)
     collection = registry.add_collection(path)
-    assert collection.searcher_of("image") is collection.searcher
-    assert collection.searcher_of("text").field == "text"
-    assert collection.searcher_of("text") is collection.searcher_of("text")
+
+    async def scenario() -> None:
+        assert await registry.searcher_of(collection, "image") is collection.searcher
+        made = await registry.searcher_of(collection, "text")
+        assert made.field == "text"
+        assert await registry.searcher_of(collection, "text") is made
+
+    asyncio.run(scenario())
+
+
+def test_while_the_texts_of_a_collection_are_opened_its_pictures_are_searched(
+    registry, model_dir, tmp_path, monkeypatch
+):
+    served = registry.add_model(load(model_dir))
+    collection = registry.add_collection(make_collection(tmp_path / "c", served.fingerprint))
+    opened, entered, go_on = [], threading.Event(), threading.Event()
+
+    def slowly(*arguments, field, **options):
+        opened.append(field)
+        entered.set()
+        assert go_on.wait(30)
+        return Searcher(*arguments, field=field, **options)
+
+    monkeypatch.setattr("service.served.Searcher", slowly)
+
+    async def scenario() -> None:
+        count = registry.settings.search_threads + 2  # who waits must take no thread
+        searchers = (registry.searcher_of(collection, "text") for _ in range(count))
+        *asked, gone = map(asyncio.ensure_future, searchers)
+        await asyncio.to_thread(entered.wait, 30)
+        gone.cancel()
+        async with asyncio.timeout(30):
+            searcher = await registry.searcher_of(collection, "image")
+            query = np.ones((1, 16))
+            assert await registry.in_store(collection, searcher.search, query, 1) == [[]]
+        go_on.set()
+        assert len(set(await asyncio.gather(*asked))) == 1
+
+    asyncio.run(scenario())
+    assert opened == ["text"]
+
+
+def test_what_could_not_be_opened_is_opened_by_the_next_who_asks(
+    registry, model_dir, tmp_path, monkeypatch
+):
+    served = registry.add_model(load(model_dir))
+    collection = registry.add_collection(make_collection(tmp_path / "c", served.fingerprint))
+    with monkeypatch.context() as failing:
+        failing.setattr("service.served.Searcher", deny)
+        with pytest.raises(PermissionError):
+            asyncio.run(registry.searcher_of(collection, "text"))
+    assert asyncio.run(registry.searcher_of(collection, "text")).field == "text"
 
 
 # Reading pictures and texts together
@@ -291,7 +341,8 @@ def test_who_comes_too_late_to_a_dropped_collection_is_told_so(rooted):
         late = [
             rooted.in_store(served, served.collection.count),
             rooted.in_store(served, served.searcher.search, np.ones((1, 16)), 1),
-            rooted.in_store(served, served.searcher_of, "text"),
+            rooted.searcher_of(served, "text"),
+            rooted.searcher_of(served, "image"),
             rooted.in_store(served, served.collection.upsert, [Item("a")], np.ones((1, 16)) / 4),
         ]
         found = await asyncio.gather(*late, return_exceptions=True)
@@ -402,7 +453,7 @@ def test_what_cannot_be_dropped_is_served_again(rooted, monkeypatch):
         rooted.collection("toys")
 
 
-def deny(*_: object) -> None:
+def deny(*_: object, **__: object) -> None:
     raise PermissionError(13, "Permission denied")
 
 

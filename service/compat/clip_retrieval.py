@@ -15,7 +15,7 @@ from pydantic import Field
 from starlette.responses import Response
 
 from index.collection import Item
-from index.search import MAX_HITS, Hit
+from index.search import MAX_HITS, Hit, Searcher
 from service.bodies import parse_json
 from service.compat.vectors import Lenient, cut_places, docs, embed, reply_bare
 from service.errors import RequestError
@@ -72,8 +72,9 @@ async def knn_service(request: Request, registry: ServedRegistry) -> Response:
     body = await parse_json(request, KnnRequest, await request.body())  # ClipClient names no type
     served = registry.collection(body.indice_name)
     vector, truncated = await _embed(registry, served, body)
+    searcher = await registry.searcher_of(served, body.modality)
     room = Room("num_images")
-    found = await registry.in_store(served, _search, served, body, vector, room)
+    found = await registry.in_store(served, _search, searcher, body, vector, room)
 
     def write() -> Response:
         content = [_line(request, served, hit, found) for hit in found.hits]
@@ -139,17 +140,17 @@ async def _embed(
     return answer.rows()[0], cut_places(answer.truncated, [kind])
 
 
-def _search(served: ServedCollection, body: KnnRequest, vector: np.ndarray, room: Room) -> _Found:
+def _search(searcher: Searcher, body: KnnRequest, vector: np.ndarray, room: Room) -> _Found:
     k = body.num_result_ids or body.num_images
     room.take_hits(k)
-    hits = served.searcher_of(body.modality).search(
+    hits = searcher.search(
         vector[None],
         k,
         unique=_SAME if body.deduplicate else None,
         with_items=False,
     )[0]
     first = [hit.id for hit in hits[: body.num_images]]
-    collection = served.collection
+    collection = searcher.collection
     with collection.snapshot() as generation:
         rowids = collection.rowids_of(first)
         rows = np.array(list(rowids.values()), dtype=np.int64)

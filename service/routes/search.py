@@ -94,10 +94,11 @@ async def search(request: Request, registry: ServedRegistry) -> Response:
     _check_hits(body, len(asked))
     _check_rerank(body, asked, served, registry)
     known = await _embed(asked, served, registry)
-    found = await registry.in_store(served, _search, body, filter, asked, known, served)
+    searcher = await registry.searcher_of(served, body.field)
+    found = await registry.in_store(served, _search, body, filter, asked, known, searcher)
     if body.rerank:
         found.hits = await _rerank(body, asked, found, served)
-        found = await registry.in_store(served, _complete, body, found, served)
+        found = await registry.in_store(served, _complete, body, found, searcher)
     hit_size = HIT_VALUES + body.with_vectors * served.collection.embed_dim
     size = sum(map(len, found.hits)) * hit_size + found.room.values
     return await written(registry.pool, size, lambda: _reply(request, body, asked, found, served))
@@ -239,16 +240,16 @@ def _search(
     filter: Filter | None,
     asked: Sequence[_Asked],
     known: dict[str, np.ndarray],
-    served: ServedCollection,
+    searcher: Searcher,
 ) -> _Found:
     """All that is read of the collection, in one go: in pieces, the first ones of all searches
     would be done, and held, before the second one of any."""
-    searcher, room = served.searcher_of(body.field), Room("k")
+    room = Room("k")
     vectors = _resolve(asked, known, searcher)
     found = _Found(_find(body, filter, asked, vectors, searcher, room), room)
     if not body.rerank:
-        return _complete(body, found, served)
-    found.pictures = pictures_of(served.collection, candidates(found.hits, body.k_test))
+        return _complete(body, found, searcher)
+    found.pictures = pictures_of(searcher.collection, candidates(found.hits, body.k_test))
     room.hold(sum(map(len, found.pictures.values())))
     return found
 
@@ -336,13 +337,13 @@ async def _rerank(
     return [own[body.offset : body.offset + body.k] for own in again]
 
 
-def _complete(body: SearchRequest, found: _Found, served: ServedCollection) -> _Found:
+def _complete(body: SearchRequest, found: _Found, searcher: Searcher) -> _Found:
     """With what depends on the hits that are answered."""
     if body.with_vectors:
         ids = [hit.id for own in found.hits for hit in own]
-        found.room.hold(4 * served.collection.embed_dim * len(ids))
-        found.vectors = _vectors(ids, served.searcher_of(body.field))
-    found.generation = served.collection.generation()
+        found.room.hold(4 * searcher.collection.embed_dim * len(ids))
+        found.vectors = _vectors(ids, searcher)
+    found.generation = searcher.collection.generation()
     return found
 
 
