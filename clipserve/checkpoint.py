@@ -142,7 +142,7 @@ def load(
 
 def load_for_training(path: str | Path, *, verify: bool = True) -> Model:
     """The model in float32 on the CPU, as it was saved."""
-    directory = Path(path)
+    directory = pin(path)
     description = read_description(directory)
     if verify:
         _check_files(directory, description)
@@ -165,17 +165,25 @@ def load_for_training(path: str | Path, *, verify: bool = True) -> Model:
 
 def load_momentum(path: str | Path) -> dict[str, Tensor] | None:
     """What `momentum.safetensors` of a model directory holds; None if there is none."""
-    directory = Path(path)
+    directory = pin(path)
     described = MOMENTUM in read_description(directory)["files"]
     return _load_tensors(directory / MOMENTUM) if described else None
 
 
 def verify(path: str | Path) -> dict[str, Any]:
     """Check every byte of a model directory; returns its description or raises CheckpointError."""
-    directory = Path(path)
+    directory = pin(path)
     description = read_description(directory)
     _check_files(directory, description)
     return description
+
+
+def pin(path: str | Path) -> Path:
+    """Where a link such as a run's `best` leads now, to read all files from there: it may move to
+    another checkpoint meanwhile. A path without links stays as it was given."""
+    given = Path(path)
+    resolved = given.resolve()
+    return given if resolved == given.absolute() else resolved
 
 
 def is_model_directory(path: str | Path) -> bool:

@@ -28,6 +28,7 @@ def interpolate(start: Path, tuned: Path, alpha: float, out: Path) -> str:
     something is in `out`; CheckpointError for a damaged one.
     """
     refuse_existing(out)
+    start, tuned = checkpoint.pin(start), checkpoint.pin(tuned)
     models = load_pair(start, tuned)
     described = [checkpoint.read_description(folder) for folder in (start, tuned)]
     known = dict.fromkeys(d["data_fingerprint"] for d in described if d["data_fingerprint"])

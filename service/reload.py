@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from clipserve.checkpoint import load, verify
+from clipserve.checkpoint import load, pin, verify
 from clipserve.embed import INT8, precision
 from clipserve.errors import ConfigError
 from clipserve.model import Model
@@ -108,7 +108,9 @@ class Reloader:
 
 def load_checked(path: Path, device: str = "auto", dtype: str = "auto") -> Model:
     """`checkpoint.load`, while another thread compares every byte with its checksum, a second for
-    half a gigabyte. CheckpointError says what the checksums say before anything else."""
+    half a gigabyte. CheckpointError says what the checksums say before anything else. Of a link
+    that moves meanwhile, both read what it led to at first."""
+    path = pin(path)
     with ThreadPoolExecutor(1, "verify") as pool:
         checked = pool.submit(verify, path)
         try:

@@ -114,6 +114,55 @@ def test_of_a_runs_directory_the_model_within_is_named(model_dir: Path, tmp_path
         clipserve.load(tmp_path / "run")
 
 
+@pytest.fixture
+def moving(
+    model_dir: Path, tiny_model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Path, str]:
+    """A link that leads to another model once a description was read; the fingerprint before."""
+    with torch.no_grad():
+        tiny_model.network.visual.proj.add_(1)
+    checkpoint.save(tiny_model, tmp_path / "later", name="later")
+    link = tmp_path / "best"
+    link.symlink_to(model_dir)
+    read = checkpoint.read_description
+
+    def read_and_move(directory: Path) -> dict[str, Any]:
+        description = read(directory)
+        link.unlink()
+        link.symlink_to(tmp_path / "later")
+        return description
+
+    monkeypatch.setattr(checkpoint, "read_description", read_and_move)
+    return link, read(model_dir)["fingerprint"]
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_link_that_moves_while_a_model_is_loaded_gives_the_one_it_led_to(
+    moving: tuple[Path, str], model_dir: Path, verify: bool
+) -> None:
+    link, fingerprint = moving
+    model = clipserve.load(link, "cpu", "fp32", verify=verify)
+    assert model.info.fingerprint == fingerprint
+    want = clipserve.load(model_dir, "cpu", "fp32").embed_texts(CAPTIONS)
+    np.testing.assert_array_equal(model.embed_texts(CAPTIONS), want)
+
+
+def test_a_link_that_moves_while_a_model_is_verified_harms_nothing(
+    moving: tuple[Path, str],
+) -> None:
+    link, fingerprint = moving
+    assert checkpoint.verify(link)["fingerprint"] == fingerprint
+
+
+def test_a_path_without_links_is_named_as_it_was_given(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(model_dir.parent)
+    assert checkpoint.pin(model_dir.name) == Path(model_dir.name)
+    with pytest.raises(CheckpointError, match="^nowhere is not a model directory"):
+        checkpoint.verify("nowhere")
+
+
 def test_the_fingerprint_names_the_function_not_the_run(tiny_model: Model, tmp_path: Path) -> None:
     first = checkpoint.save(tiny_model, tmp_path / "a", name="a", training={"loss": 1.0})
     same = checkpoint.save(tiny_model, tmp_path / "b", name="b", training={"loss": 2.0})

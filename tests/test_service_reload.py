@@ -17,6 +17,7 @@ from clipserve.embed import precision
 from clipserve.errors import CheckpointError, ConfigError
 from clipserve.model import create
 from index.collection import Collection, Item
+from service import reload
 from service.errors import ModelFailed, NotFound
 from service.inputs import Text
 from service.registry import Registry
@@ -75,6 +76,33 @@ def test_without_a_path_the_models_own_directory_is_read_again(registry, paths, 
     link.symlink_to(paths[1])
     result = asyncio.run(registry.reload("m"))
     assert result.new_fingerprint == checkpoint.read_description(paths[1])["fingerprint"]
+
+
+def test_a_link_that_moves_while_a_model_is_loaded_gives_one_model_and_stays_its_path(
+    registry, paths, tmp_path, monkeypatch
+):
+    link = tmp_path / "best"
+    link.symlink_to(paths[0])
+    verified, moved = [], threading.Event()
+
+    def move_and_verify(path: Path) -> None:
+        link.unlink()
+        link.symlink_to(paths[1])
+        moved.set()
+        verified.append(checkpoint.verify(path)["fingerprint"])
+
+    load = reload.load
+
+    def load_later(*arguments, **options):
+        assert moved.wait(WAIT_S)
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(reload, "verify", move_and_verify)
+    monkeypatch.setattr(reload, "load", load_later)
+    served = registry.load_model(link)
+    first = checkpoint.read_description(paths[0])["fingerprint"]
+    assert (verified, served.fingerprint) == ([first], first)
+    assert served.path == link
 
 
 def computes_bf16(device: torch.device) -> bool:

@@ -117,8 +117,9 @@ def _verify_model(path: Path, as_json: bool) -> None:
     from training.state import verify_state
 
     try:
-        description = checkpoint.verify(path)
-        verify_state(path)
+        directory = checkpoint.pin(path)
+        description = checkpoint.verify(directory)
+        verify_state(directory)
     except ClipserveError as error:
         fail(str(error), code=1)
     files, fingerprint = len(description["files"]), description["fingerprint"]

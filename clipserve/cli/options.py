@@ -90,9 +90,10 @@ def pick(given: str, known: Sequence[T], option: str) -> T:
 
 def load_for(collection: Path, model: str, device: str, dtype: str) -> "Model":
     """The model, if it is the one that filled the collection, which is seen before it is loaded."""
-    from clipserve.checkpoint import load, read_description
+    from clipserve.checkpoint import load, pin, read_description
     from index.collection import Collection
 
+    directory = pin(model)
     with Collection.open(collection, read_only=True) as opened:
-        opened.check_model(read_description(Path(model))["fingerprint"])
-    return load(model, device, dtype)
+        opened.check_model(read_description(directory)["fingerprint"])
+    return load(directory, device, dtype)

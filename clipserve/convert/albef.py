@@ -96,6 +96,7 @@ def export_checkpoint(source: Path, out: Path) -> tuple[Proof, list[str]]:
     CheckpointError for a damaged directory, and for a file that embeds otherwise; it is not left.
     """
     refuse_existing(out)
+    source = checkpoint.pin(source)
     model = checkpoint.load_for_training(source)
     weights = model.network.state_dict()
     momentum = _read_run(source / "state", weights.keys()) or checkpoint.load_momentum(source)

@@ -220,6 +220,7 @@ def _find_in_file(file: Path, architecture: str | None, words: Path | None) -> F
 
 
 def _read_own(directory: Path) -> Found:
+    directory = checkpoint.pin(directory)
     model = checkpoint.load_for_training(directory)
     folder = directory / "tokenizer"
     return Found(
