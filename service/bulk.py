@@ -139,6 +139,7 @@ async def work_through(job: Job, registry: Registry, pool: Executor) -> None:
             prepared = await ahead[0][1]
             batch, _ = ahead.popleft()
             await registry.in_store(served, _commit, job, served, batch, prepared)
+            job.error = None  # of an attempt before this one
             job.seconds = time.monotonic() - started
     finally:
         for _, task in ahead:

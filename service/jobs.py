@@ -1,7 +1,8 @@
 """Bulk work: items that are embedded and stored while nobody waits, one job a collection at a time.
 
 What a client sends is on disk before it is answered (`spool.py`), and what a process leaves undone
-the next one does (`bulk.py`). Start at `Jobs`.
+the next one does (`bulk.py`). A job whose collection or disk fails waits for that to pass. Start at
+`Jobs`.
 """
 
 import asyncio
@@ -38,6 +39,9 @@ T = TypeVar("T")
 _FREE_BYTES = 2**30
 """that a job must leave on its disk"""
 _PIECE_BYTES = 2**20
+_PAUSE_S = 1.0
+_LONGEST_PAUSE_S = 60.0
+"""before a job whose disk or collection failed is tried again, at first and after many times"""
 _FORSAKEN_S = 24 * 3600
 """after which a job that nobody adds to, nor starts, may be forgotten"""
 
@@ -231,7 +235,7 @@ class Jobs:
 
     async def _run(self, job: Job) -> None:
         try:
-            await work_through(job, self._registry, self._pool)
+            await self._persevere(job)
             job.state = "done"
         except Exception as error:  # whatever it is, the next job has its turn
             if await self._comes_back(job, error):
@@ -240,6 +244,23 @@ class Jobs:
             job.state, job.error = "failed", error_fields(error)["message"]
         with contextlib.suppress(NotReady):  # logged; the next process will come to the same end
             await self._end(job)
+
+    async def _persevere(self, job: Job) -> None:
+        """Work through it, for as long as its disk or collection fails again and again: what was
+        acknowledged is not given up for what may pass. It can be cancelled meanwhile."""
+        pause_s = _PAUSE_S
+        while True:
+            reached = job.done
+            try:
+                return await work_through(job, self._registry, self._pool)
+            except CollectionClosed:
+                raise
+            except (IndexStoreError, OSError) as error:
+                job.error = _waits_for(error)
+                pause_s = _PAUSE_S if job.done > reached else pause_s
+                logger.error("%s is tried again in %g s: %s", job.id, pause_s, error)
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
     async def _comes_back(self, job: Job, error: Exception) -> bool:
         """Whether its collection was about to be dropped, and is served after all."""
@@ -331,6 +352,15 @@ def _check_open(job: Job) -> None:
 def _check_disk(folder: Path) -> None:
     if shutil.disk_usage(folder).free < _FREE_BYTES:
         raise NotReady("the disk for jobs is nearly full; come back later", code="disk_full")
+
+
+def _waits_for(error: Exception) -> str:
+    if is_disk_full(error):
+        return "the service's disk is full; the job goes on when there is room"
+    return (
+        "the collection, or the job's own folder, could not be read or written; the server's log"
+        " says why, and the job is tried again"
+    )
 
 
 def _not_stored(error: OSError) -> NotReady:

@@ -14,7 +14,8 @@ import pytest
 from bulk_jobs import NDJSON, finish, held_model, job, lines, texts
 from served import COUNT, World, check_refusal, error, serving
 
-from clipserve.errors import IndexStoreError
+from clipserve.errors import DiskFull, IndexStoreError
+from service import bulk
 from service import jobs as service_jobs
 from service.routes import jobs as routes
 from service.settings import load_settings
@@ -194,20 +195,109 @@ def test_a_job_whose_start_cannot_be_stored_can_be_started_later(
     assert (job(own_world, id)["state"], job(own_world, id)["done"]) == ("done", 3)
 
 
-def test_a_damaged_collection_fails_the_job_without_its_path(
-    own_world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    def fail(*_: Any, **__: Any) -> None:
-        raise IndexStoreError(f"{tmp_path} is damaged")
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The waits of jobs between their attempts: each ends with a `go_on`; `told` has its length."""
+    made = SimpleNamespace(told=[], begun=threading.Semaphore(0), go_on=threading.Semaphore(0))
 
-    made = own_world.post("/v1/jobs", collection="toys", items=texts(3), start=False).json()
-    monkeypatch.setattr(own_world.registry.collections["toys"].collection, "upsert", fail)
-    own_world.client.post(f"/v1/jobs/{made['id']}:start")
+    async def sleep(seconds: float) -> None:
+        made.told.append(seconds)
+        made.begun.release()
+        while not made.go_on.acquire(blocking=False):
+            await asyncio.sleep(0.001)
+
+    monkeypatch.setattr(
+        service_jobs, "asyncio", SimpleNamespace(**vars(asyncio) | {"sleep": sleep})
+    )
+    return made
+
+
+@pytest.mark.parametrize(
+    ("failure", "says"),
+    [
+        (DiskFull("SECRET is full"), "there is room"),
+        (IndexStoreError("SECRET is damaged"), "the server's log says why"),
+        (OSError(errno.EIO, "SECRET cannot be read"), "the server's log says why"),
+    ],
+)
+def test_a_job_waits_for_a_failure_of_the_store_to_pass_and_loses_nothing(
+    own_world: World,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    pauses: SimpleNamespace,
+    failure: Exception,
+    says: str,
+):
+    store, stored = bulk.store, []
+
+    def fail_after_one(*arguments: Any) -> int:
+        if len(stored) == 1:
+            raise failure
+        stored.append(store(*arguments))
+        return stored[-1]
+
+    items = [{"id": "", "text": "x"}, *texts(149)]
+    with monkeypatch.context() as failing:
+        failing.setattr(bulk, "store", fail_after_one)
+        id = own_world.post("/v1/jobs", collection="toys", items=items).json()["id"]
+        for _ in range(8):
+            assert pauses.begun.acquire(timeout=30)
+            waiting = job(own_world, id)
+            assert (waiting["state"], waiting["done"]) == ("running", 64)
+            assert says in waiting["error"]
+            assert "SECRET" not in json.dumps(waiting)
+            assert (tmp_path / "jobs" / id / "lines").exists()
+            pauses.go_on.release()
+        assert pauses.begun.acquire(timeout=30)
+    pauses.go_on.release()
     finish(own_world)
-    failed = job(own_world, made["id"])
-    assert failed["state"] == "failed"
-    assert "the server's log says why" in failed["error"]
-    assert str(tmp_path) not in json.dumps(failed)
+    done = job(own_world, id)
+    assert (done["state"], done["done"], done["error"]) == ("done", 150, None)
+    assert (done["num_failed"], [one["index"] for one in done["failed"]]) == (1, [0])
+    assert own_world.get("/v1/collections/toys").json()["count"] == COUNT + 149
+    assert pauses.told == [1, 2, 4, 8, 16, 32, 60, 60, 60]
+
+
+def test_a_job_that_waits_for_room_is_cancelled_or_left_to_the_next_process(
+    tmp_path: Path,
+    model_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    pauses: SimpleNamespace,
+):
+    def fail(*_: Any) -> None:
+        raise DiskFull("no room")
+
+    settings = load_settings(jobs_dir=tmp_path / "jobs")
+    with monkeypatch.context() as full, serving(tmp_path, model_dir, settings) as world:
+        full.setattr(bulk, "store", fail)
+        first, second = (
+            world.post("/v1/jobs", collection="toys", items=texts(3, start)).json()["id"]
+            for start in (0, 10)
+        )
+        assert pauses.begun.acquire(timeout=30)
+        assert world.client.delete(f"/v1/jobs/{first}").json()["state"] == "cancelled"
+        assert pauses.begun.acquire(timeout=30)  # the other one has its turn
+    with serving(tmp_path, model_dir, settings) as world:
+        finish(world)
+        assert job(world, first)["state"] == "cancelled"
+        assert (job(world, second)["state"], job(world, second)["done"]) == ("done", 3)
+        assert world.get("/v1/collections/toys").json()["count"] == COUNT + 3
+
+
+def test_a_job_whose_collection_is_dropped_while_it_waits_for_room_fails(
+    own_world: World, monkeypatch: pytest.MonkeyPatch, pauses: SimpleNamespace
+):
+    def fail(*_: Any) -> None:
+        raise DiskFull("no room")
+
+    own_world.put("/v1/collections/other")
+    monkeypatch.setattr(bulk, "store", fail)
+    id = own_world.post("/v1/jobs", collection="other", items=texts(3)).json()["id"]
+    assert pauses.begun.acquire(timeout=30)
+    assert own_world.client.delete("/v1/collections/other").status_code == 200
+    pauses.go_on.release()
+    finish(own_world)
+    assert job(own_world, id)["state"] == "failed"
 
 
 def test_a_nearly_full_disk_takes_no_job(own_world: World, monkeypatch: pytest.MonkeyPatch):
