@@ -47,7 +47,7 @@ from service.routes import (
 from service.schemas import body_schemas
 from service.server import Server, listen
 from service.settings import Settings, wants_tracing
-from service.tracing import start_tracing
+from service.tracing import Tracing, start_tracing
 
 logger = logging.getLogger(__name__)
 
@@ -122,15 +122,9 @@ def serve(
             lifecycle,
             load=lambda: _fill(registry, model_paths, collection_paths),
             say_ready=lambda: _say_ready(app, registry, listener),
+            close=lambda: _close(registry, tracing),
         )
-        try:
-            server.run_until_signal(listener)
-        finally:
-            registry.close()
-            if registry.fetcher is not None:
-                registry.fetcher.close()
-            if tracing is not None:
-                tracing.close()
+        server.run_until_signal(listener)
         if server.failure is not None:
             raise server.failure
 
@@ -166,6 +160,16 @@ def _fill(registry: Registry, models: Sequence[Path], collections: Sequence[Path
         registry.load_model(path)
     for path in [*collections, *_find_collections(registry.settings, collections)]:
         registry.add_collection(path)
+
+
+def _close(registry: Registry, tracing: Tracing | None) -> None:
+    try:
+        registry.close()
+        if registry.fetcher is not None:
+            registry.fetcher.close()
+    finally:
+        if tracing is not None:
+            tracing.close()
 
 
 def _say_ready(app: FastAPI, registry: Registry, listener: socket.socket) -> None:

@@ -87,8 +87,8 @@ class Fetcher:
             ) from None
 
     def close(self) -> None:
-        """Ask for no more names; does not wait for answers."""
-        self._resolvers.shutdown(wait=False, cancel_futures=True)
+        """Ask for no more names, and wait for those that are being looked up."""
+        self._resolvers.shutdown(cancel_futures=True)
 
     async def _resolve(self, host: str, port: int) -> Sequence[str]:
         loop = asyncio.get_running_loop()

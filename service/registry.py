@@ -15,7 +15,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,7 +25,7 @@ from clipserve.model import Model
 from index.collection import DATABASE, Collection
 from index.search import Searcher
 from service.caches import Caches
-from service.errors import Forbidden, NotFound, RequestError
+from service.errors import Forbidden, NotFound, NotReady, RequestError
 from service.fetch import Fetcher
 from service.memory import give_back_pictures
 from service.pipeline import Pipeline
@@ -35,6 +35,7 @@ from service.served import ServedCollection as ServedCollection
 from service.served import ServedModel as ServedModel
 from service.settings import Settings
 from service.telemetry import Telemetry
+from service.threads import Threads
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -55,9 +56,9 @@ class Registry:
         self.fetcher: Fetcher | None = None
         self.models: dict[str, ServedModel] = {}
         self.collections: dict[str, ServedCollection] = {}
-        self.pool = ThreadPoolExecutor(_BODY_THREADS, "bodies")
+        self.pool = Threads(_BODY_THREADS, "bodies")
         self.decoders = Pool(settings.decode_threads, "decode", settings.max_batch_s)
-        self._store = ThreadPoolExecutor(settings.search_threads, "search")
+        self._store = Threads(settings.search_threads, "search")
         self._creating = asyncio.Lock()
         self._drops: set[asyncio.Task[None]] = set()
         self._watchers: list[Callable[[ServedCollection], None]] = []
@@ -225,6 +226,16 @@ class Registry:
         if future.done():
             return future.result()
         return await asyncio.shield(asyncio.wrap_future(future))  # others wait for it too
+
+    async def check_threads(self) -> None:
+        """NotReady if all threads for bodies, or all for searches and writes, hang."""
+        for what, threads in (("bodies", self.pool), ("searches and writes", self._store)):
+            try:
+                async with asyncio.timeout(self.settings.ready_timeout_s):
+                    await threads.begin_next()
+            except TimeoutError:
+                logger.warning("not ready: no thread for %s gets free", what)
+                raise NotReady(f"no thread for {what} gets free") from None
 
     def close(self) -> None:
         """Stop every thread, then close the collections."""

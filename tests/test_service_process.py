@@ -64,6 +64,21 @@ main()
 """
 
 
+# The threads of its collections wait for a volume that does not answer.
+STUCK_STORE = """
+import service.registry, service.server, threading
+service.server.CLOSE_S = {close_s}
+load = service.registry.Registry.load_model
+def load_and_hang(registry, path):
+    for _ in range(registry.settings.search_threads):
+        registry._store.submit(threading.Event().wait)
+    return load(registry, path)
+service.registry.Registry.load_model = load_and_hang
+from clipserve.cli import main
+main()
+"""
+
+
 def start(
     *arguments: object, log: Path, code: str | None = None, **settings: object
 ) -> "subprocess.Popen[str]":
@@ -146,6 +161,38 @@ def test_a_signal_while_it_loads_ends_it_well(log: Path, model_dir: Path):
     assert process.returncode == 0, log.read_text()
     assert "Traceback" not in log.read_text()
     assert "ready at" not in log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("close_s", "signals", "says"),
+    [(0.5, 1, "closing took over"), (600, 2, "a second signal came")],
+)
+def test_threads_that_hang_hold_its_end_up_until_a_deadline_or_a_second_signal(
+    log: Path, model_dir: Path, close_s: float, signals: int, says: str
+):
+    code = STUCK_STORE.format(close_s=close_s)
+    process = start(model_dir, log=log, code=code, shutdown_timeout_s=0.5)
+    try:
+        for line in ["ready at http", "shutting down"][:signals]:
+            while line not in log.read_text():
+                assert process.poll() is None, log.read_text()
+                time.sleep(0.05)
+            process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=WAIT_S)
+    finally:
+        process.kill()
+        process.communicate()
+    assert process.returncode == 0, log.read_text()
+    assert says in log.read_text()
+    assert "Traceback" not in log.read_text()
+
+
+def test_threads_that_hang_do_not_hide_why_it_could_not_start(log: Path, paths: list[Path]):
+    (paths[0] / checkpoint.WEIGHTS).write_bytes(b"no")
+    process = start(paths[0], log=log, code=STUCK_STORE.format(close_s=0.5), shutdown_timeout_s=0.5)
+    process.communicate(timeout=WAIT_S)
+    assert process.returncode == CheckpointError.exit_code, log.read_text()
+    assert f"{paths[0] / checkpoint.WEIGHTS} is damaged" in log.read_text()
 
 
 @pytest.mark.parametrize("setting", ["jobs_dir", "label_sets", "api_keys_file", "collections_root"])

@@ -107,6 +107,28 @@ def test_a_hung_decoder_or_tokenizer_is_not_ready_until_it_is_replaced(
     registry.close()
 
 
+@pytest.mark.parametrize("name", ["pool", "_store"])
+def test_while_all_threads_for_bodies_or_searches_hang_nothing_is_ready(
+    model_dir: Path, monkeypatch, name: str
+):
+    registry = Registry(load_settings(ready_timeout_s=30, search_threads=2))
+    registry.add_model(clipserve.load(model_dir, device="cpu", dtype="fp32"))
+    monkeypatch.setattr(health, "_FRESH_S", 0.0)
+    go_on = threading.Event()
+    with client_of(registry) as client:
+        assert client.get("/health/ready").status_code == 200
+        hung = [getattr(registry, name).submit(go_on.wait, 60) for _ in range(2)]
+        registry.settings = load_settings(ready_timeout_s=0.5)
+        refused = client.get("/health/ready")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "not_ready")
+        assert client.get("/health/live").status_code == 200
+        go_on.set()
+        assert all(one.result(30) for one in hung)
+        registry.settings = load_settings(ready_timeout_s=30)
+        assert client.get("/health/ready").status_code == 200
+    registry.close()
+
+
 def test_a_model_that_only_a_collection_is_searched_with_is_asked_too(
     registry: Registry, model_dir: Path, architecture: dict[str, object], tmp_path: Path
 ):

@@ -1,8 +1,8 @@
 """/health and /metrics, for probes and scrapers.
 
 Live means that the process answers, whatever its models do. Ready means that a text and a picture
-went the way of all others, through every model, and came back in time; not while models load, nor
-on the way out.
+went the way of all others, through every model, and came back in time, and that the threads for
+bodies and collections get on; not while models load, nor on the way out.
 """
 
 import asyncio
@@ -42,7 +42,8 @@ class Readiness:
         self._error: NotReady | None = None
 
     async def check(self) -> None:
-        """NotReady while models load, on the way out, and if a model does not answer."""
+        """NotReady while models load, on the way out, and if a model does not answer or threads
+        hang."""
         self._lifecycle.check()
         async with self._lock:
             if time.monotonic() - self._checked_s >= _FRESH_S:
@@ -62,6 +63,10 @@ class Readiness:
             except (RequestError, TimeoutError) as error:
                 logger.warning("%s is not ready: %s", served.name, str(error) or "timed out")
                 return NotReady(f"model {served.name!r} does not answer")
+        try:
+            await self._registry.check_threads()
+        except NotReady as error:
+            return error
         return None
 
 
@@ -89,7 +94,7 @@ async def live() -> Response:
 @router.head("/health/ready", include_in_schema=False)
 @router.get("/health/ready")
 async def ready(request: Request) -> Response:
-    """503 unless every model answers a canary in time."""
+    """503 unless every model answers a canary, and other threads get on, in time."""
     readiness: Readiness = request.app.state.readiness
     await readiness.check()
     return reply({"status": "ready"})
