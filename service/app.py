@@ -158,8 +158,10 @@ def _add_middleware(
 def _fill(registry: Registry, models: Sequence[Path], collections: Sequence[Path]) -> None:
     for path in models:
         registry.load_model(path)
-    for path in [*collections, *_find_collections(registry.settings, collections)]:
-        registry.add_collection(path)
+    for path in collections:
+        registry.find_collection(path, is_named=True)
+    for path in _find_collections(registry.settings, collections):
+        registry.find_collection(path)
 
 
 def _close(registry: Registry, tracing: Tracing | None) -> None:
@@ -177,10 +179,11 @@ def _say_ready(app: FastAPI, registry: Registry, listener: socket.socket) -> Non
     host, port = listener.getsockname()[:2]
     address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     logger.info(
-        "ready at %s with models: %s; collections: %s",
+        "ready at %s with models: %s; collections: %s%s",
         address,
         ", ".join(f"{m.name} ({m.fingerprint[:12]})" for m in registry.models.values()),
         ", ".join(registry.collections) or "none",
+        "; unavailable: " + ", ".join(registry.unavailable) if registry.unavailable else "",
     )
 
 

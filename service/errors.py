@@ -96,6 +96,10 @@ class NotReady(RequestError):
     """The service cannot answer now."""
 
 
+class CollectionUnavailable(NotReady):
+    """A collection that is here, but is not served."""
+
+
 class RequestTimeout(RequestError):
     """The answer took too long."""
 
@@ -118,6 +122,7 @@ _TABLE: dict[type[Exception], tuple[int, str, str]] = {
     HeadersTooLarge: (431, "invalid_request_error", "headers_too_large"),
     ModelFailed: (500, "server_error", "model_failed"),
     NotReady: (503, "server_error", "not_ready"),
+    CollectionUnavailable: (503, "server_error", "collection_unavailable"),
     RequestTimeout: (504, "server_error", "timeout"),
     DiskFull: (507, "server_error", "disk_full"),
     IndexStoreError: (500, "server_error", "collection_failed"),

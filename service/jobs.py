@@ -30,7 +30,7 @@ from service.errors import (
     error_fields,
     is_disk_full,
 )
-from service.registry import Registry, ServedCollection
+from service.registry import Registry
 from service.spool import LineWriter, Spool
 
 logger = logging.getLogger(__name__)
@@ -195,13 +195,17 @@ class Jobs:
         is_waiting = job.state == "open" and not job.adding.locked()
         return is_waiting and self._now() - job.touched >= _FORSAKEN_S
 
-    def _notice(self, served: ServedCollection) -> None:
+    def _notice(self, name: str, identity: str | None) -> None:
         """Go on with the jobs of a collection that is served now; end those of one that is not."""
-        if self._registry.collections.get(served.name) is served:
-            self._wake(served.name)
+        served = self._registry.collections.get(name)
+        current = None if served is None else served.collection.identity
+        if served is not None and current == identity:
+            self._wake(name)
             return
         for job in self._jobs.values():
-            if job.identity == served.collection.identity and job.state in ("open", "queued"):
+            known = job.collection == name and job.identity != current
+            is_its = known if identity is None else job.identity == identity
+            if is_its and job.state in ("open", "queued"):
                 job.task = asyncio.create_task(self._abandon(job), context=contextvars.Context())
 
     async def _abandon(self, job: Job) -> None:

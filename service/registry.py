@@ -1,8 +1,9 @@
 """What is served: models by name, collections by name, each collection bound to its model.
 
-Filled before the service starts (`add_model`, then `add_collection`), read by the routes, changed
+Filled before the service starts (`load_model`, then `find_collection`), read by the routes, changed
 by `reload`, `create_collection` and `drop_collection` from the event loop. A collection whose model
-is not loaded is refused. It owns the thread pools, the caches and the metrics.
+is not loaded is not served, but listed in `unavailable`. It owns the thread pools, the caches and
+the metrics.
 
 There are three pools, so that what is quick waits for nothing slow: `pool` reads and writes large
 bodies, `decoders` decode pictures, and a third one, behind `in_store`, searches and writes.
@@ -20,12 +21,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from clipserve.embed import limit_threads
-from clipserve.errors import ConfigError, IndexStoreError
+from clipserve.errors import ClipserveError, ConfigError
 from clipserve.model import Model
 from index.collection import DATABASE, Collection
 from index.search import Searcher
 from service.caches import Caches
-from service.errors import Forbidden, NotFound, NotReady, RequestError
+from service.errors import CollectionUnavailable, Forbidden, NotFound, NotReady, RequestError
 from service.fetch import Fetcher
 from service.memory import give_back_pictures
 from service.pipeline import Pipeline
@@ -36,6 +37,7 @@ from service.served import ServedModel as ServedModel
 from service.settings import Settings
 from service.telemetry import Telemetry
 from service.threads import Threads
+from service.unavailable import ModelNotServed, Unavailable
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -56,12 +58,14 @@ class Registry:
         self.fetcher: Fetcher | None = None
         self.models: dict[str, ServedModel] = {}
         self.collections: dict[str, ServedCollection] = {}
+        self.unavailable: dict[str, Unavailable] = {}
+        """collections that are not served: of another model, or damaged"""
         self.pool = Threads(_BODY_THREADS, "bodies")
         self.decoders = Pool(settings.decode_threads, "decode", settings.max_batch_s)
         self._store = Threads(settings.search_threads, "search")
         self._creating = asyncio.Lock()
         self._drops: set[asyncio.Task[None]] = set()
-        self._watchers: list[Callable[[ServedCollection], None]] = []
+        self._watchers: list[Callable[[str, str | None], None]] = []
         self._caches = Caches(settings.text_cache_bytes, settings.image_cache_bytes)
         self._reloader = Reloader(self)
         limit_threads()
@@ -113,24 +117,39 @@ class Registry:
     def add_collection(self, path: Path) -> ServedCollection:
         """Open a collection for search; its model must have been added.
 
-        IndexStoreError if that model is not served, or the collection cannot be read; ConfigError
+        ModelNotServed if it is not, IndexStoreError if the collection cannot be read; ConfigError
         if another collection has its name.
         """
-        with Collection.open(path, read_only=True) as collection:
-            name, fingerprint = collection.name, collection.fingerprint
-            model = self.model_of(fingerprint)
-            if model is None:
-                served = ", ".join(f"{m.name} ({m.fingerprint[:12]})" for m in self.models.values())
-                raise IndexStoreError(
-                    f"collection {name!r} was made by model {collection.model_name!r} with"
-                    f" fingerprint {fingerprint[:12]}, which is not served; served:"
-                    f" {served or 'none'}; serve that model too, or embed the collection anew:"
-                    " clipserve embed MODEL SOURCE --collection NEW_DIR"
-                )
-        if name in self.collections:
+        name = path.absolute().name
+        if name in self.collections or name in self.unavailable:
             raise ConfigError(f"two collections are called {name!r}; rename a directory")
+        with Collection.open(path, read_only=True) as collection:
+            model = self.model_of(collection.fingerprint)
+            if model is None:
+                served = [f"{m.name} ({m.fingerprint[:12]})" for m in self.models.values()]
+                raise ModelNotServed(collection, served)
         self.collections[name] = self._open(path, model)
         return self.collections[name]
+
+    def find_collection(self, path: Path, *, is_named: bool = False) -> None:
+        """As `add_collection`, but what cannot be served is listed as unavailable.
+
+        What the command line names is an error as before: two that do not go together. Unless
+        another checkpoint of its model is served, which the same command comes to when a link such
+        as `best` has moved on.
+        """
+        try:
+            self.add_collection(path)
+        except ConfigError:
+            raise
+        except ModelNotServed as error:
+            if is_named and not self._serves_checkpoint_of(error.found.model_name):
+                raise
+            self._set_aside(error.found, error)
+        except Exception as error:  # whatever is wrong with it, the others are served
+            if is_named:
+                raise
+            self._set_aside(Unavailable(path), error)
 
     async def create_collection(self, name: str, model_name: str | None = None) -> ServedCollection:
         """A new, empty collection below `collections_root`.
@@ -156,10 +175,14 @@ class Registry:
         Forbidden as for `create_collection`, and for a collection that lies elsewhere; NotFound.
         """
         root = self._writable_root()
-        path = self.collection(name).collection.path
+        lost = None if name in self.collections else self.unavailable.get(name)
+        path = self.collection(name).collection.path if lost is None else lost.path
         if path.resolve().parent != root.resolve():
             raise Forbidden("this collection is not below CLIPSERVE_COLLECTIONS_ROOT and stays")
-        drop = asyncio.create_task(self._drop(self.collections.pop(name), path))
+        if lost is None:
+            drop = asyncio.create_task(self._drop(self.collections.pop(name), path))
+        else:
+            drop = asyncio.create_task(self._drop_unavailable(self.unavailable.pop(name)))
         self._drops.add(drop)
         drop.add_done_callback(self._drops.discard)
         await asyncio.shield(drop)
@@ -171,8 +194,17 @@ class Registry:
         served = self.collections.get(name)
         return served is not None and served.is_open and served.collection.identity == identity
 
-    def watch_collections(self, notify: Callable[[ServedCollection], None]) -> None:
-        """Have it called, in the event loop, with what was made, dropped, or is served again."""
+    async def serve_again(self, model: ServedModel) -> list[str]:
+        """Open the collections that only lacked this model; returns their names."""
+        names = []
+        for lost in list(self.unavailable.values()):
+            if lost.fingerprint == model.fingerprint and await self._serve_again(lost, model):
+                names.append(lost.name)
+        return names
+
+    def watch_collections(self, notify: Callable[[str, str | None], None]) -> None:
+        """Have it called, in the event loop, with the name and identity of what was made, dropped,
+        or is served again; of what could never be opened the identity is not known."""
         self._watchers.append(notify)
 
     def model(self, name: str | None) -> ServedModel:
@@ -198,9 +230,14 @@ class Registry:
         return list({id(served): served for served in named + bound}.values())
 
     def collection(self, name: str | None) -> ServedCollection:
-        """By name, or the only one. NotFound names none: they may say what they hold."""
-        if name is None and len(self.collections) == 1:
-            return next(iter(self.collections.values()))
+        """By name, or the only one. NotFound names none: they may say what they hold.
+        CollectionUnavailable says why."""
+        if name is None and len(self.collections) + len(self.unavailable) == 1:
+            name = next(iter([*self.collections, *self.unavailable]))
+        if name in self.unavailable:
+            raise CollectionUnavailable(
+                f"the collection is not served: {self.unavailable[name].reason}"
+            )
         if name not in self.collections:
             raise NotFound(
                 f"{'name a collection' if name is None else 'no such collection'}; GET"
@@ -259,7 +296,7 @@ class Registry:
 
     async def _create(self, path: Path, model: ServedModel) -> ServedCollection:
         async with self._creating:
-            if path.name in self.collections or path.exists():
+            if path.name in {*self.collections, *self.unavailable} or path.exists():
                 raise _taken()
             loop = asyncio.get_running_loop()
             served = await loop.run_in_executor(self._store, self._make, path, model)
@@ -290,11 +327,33 @@ class Registry:
 
     def _serve(self, served: ServedCollection) -> None:
         self.collections[served.name] = served
-        self._notify(served)
+        self._notify(served.name, served.collection.identity)
 
-    def _notify(self, served: ServedCollection) -> None:
+    def _notify(self, name: str, identity: str | None) -> None:
         for notify in self._watchers:
-            notify(served)
+            notify(name, identity)
+
+    def _serves_checkpoint_of(self, model_name: str | None) -> bool:
+        return any(served.model.info.name == model_name for served in self.models.values())
+
+    def _set_aside(self, lost: Unavailable, error: Exception) -> None:
+        self.unavailable[lost.name] = lost
+        unexpected = None if isinstance(error, ClipserveError | OSError) else error
+        logger.error("%s is not served: %s", lost.path, error, exc_info=unexpected)
+
+    async def _serve_again(self, lost: Unavailable, model: ServedModel) -> bool:
+        loop = asyncio.get_running_loop()
+        try:
+            served = await loop.run_in_executor(self._store, self._open, lost.path, model)
+        except Exception as error:  # it stays as it was
+            logger.error("%s is still not served: %s", lost.path, error)
+            return False
+        if self.unavailable.get(lost.name) is not lost:  # dropped meanwhile
+            await asyncio.to_thread(served.close)
+            return False
+        del self.unavailable[lost.name]
+        self._serve(served)
+        return True
 
     def _bind(self, served: ServedCollection) -> None:
         """To the model that has the name now: a reload may have come while it was made."""
@@ -314,7 +373,15 @@ class Registry:
             self._bind(again)
             self._serve(again)
             raise
-        self._notify(served)
+        self._notify(served.name, served.collection.identity)
+
+    async def _drop_unavailable(self, lost: Unavailable) -> None:
+        try:
+            await asyncio.to_thread(self._erase, lost.path)
+        except BaseException:
+            self.unavailable[lost.name] = lost
+            raise
+        self._notify(lost.name, lost.identity)
 
     def _open_again(self, served: ServedCollection, path: Path) -> ServedCollection:
         """What could not be dropped; closed, if need be, so that it has its name and can be dropped

@@ -9,7 +9,7 @@ import asyncio
 import logging
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -29,7 +29,7 @@ class ReloadResult:
     old_fingerprint: str
     new_fingerprint: str
     collections_kept: list[str]
-    """made by the model that now has the name"""
+    """made by the model that now has the name; some may have been unavailable without it"""
     collections_stale: list[str]
     """still searched with the old model, which stays loaded for them"""
 
@@ -45,6 +45,8 @@ class Shelf(Protocol):
     def model_of(self, fingerprint: str) -> ServedModel | None: ...
 
     def prepare(self, model: Model, name: str, path: Path | None) -> ServedModel: ...
+
+    async def serve_again(self, model: ServedModel) -> list[str]: ...
 
 
 class Reloader:
@@ -68,11 +70,20 @@ class Reloader:
 
     async def _load_and_swap(self, name: str, path: Path | None) -> ReloadResult:
         old = self._shelf.model(name)
-        path = path or old.path
-        if path is None:
+        place = path or old.path
+        if place is None:
             raise ConfigError(f"model {name!r} was not loaded from a directory; say which to load")
-        new = await asyncio.to_thread(self._load, old, path)
-        return self._swap(old, new)
+        new = await asyncio.to_thread(self._load, old, place)
+        result = self._swap(old, new)
+        if path is not None:
+            logger.warning(
+                "model %r is that of %s until the service is restarted, which loads the model it"
+                " was started with; collections of this one would then be unavailable",
+                name,
+                path,
+            )
+        again = await self._shelf.serve_again(new)
+        return replace(result, collections_kept=[*result.collections_kept, *again])
 
     def _load(self, old: ServedModel, path: Path) -> ServedModel:
         """On the old one's device and in its dtype; if this fails, what was made of the new one is

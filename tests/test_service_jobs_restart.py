@@ -33,6 +33,34 @@ def test_the_next_process_takes_up_what_waits(tmp_path: Path, model_dir: Path):
         assert world.get("/v1/collections/toys").json()["count"] == COUNT + 153
 
 
+def test_jobs_of_an_unavailable_collection_wait_and_end_when_it_is_dropped(
+    tmp_path: Path, model_dir: Path
+):
+    settings = load_settings(jobs_dir=tmp_path / "jobs", collections_root=tmp_path)
+    with serving(tmp_path, model_dir, settings) as world, held_model(world) as model:
+        world.put("/v1/collections/other")
+        id = world.post("/v1/jobs", collection="other", items=texts(3)).json()["id"]
+        assert model.reached.wait(30)
+        stop_jobs(world)
+    for file in (tmp_path / "other").iterdir():  # so that not even its identity is known
+        file.write_bytes(b"")
+    with serving(tmp_path, model_dir, settings) as world:
+        world.registry.find_collection(tmp_path / "other")
+        finish(world)
+        assert (job(world, id)["state"], job(world, id)["total"]) == ("queued", 3)
+        assert "not served" in job(world, id)["error"]
+        assert world.client.delete("/v1/collections/other").status_code == 200
+        assert world.client.portal is not None
+        world.client.portal.call(ended, world, id)
+        assert job(world, id)["error"] == "the collection was dropped"
+
+
+async def ended(world: World, id: str) -> None:
+    task = world.app.state.jobs.get(id).task
+    if task is not None:
+        await task
+
+
 def stop_jobs(world: World) -> None:
     assert world.client.portal is not None
     world.client.portal.call(world.app.state.jobs.close)

@@ -21,6 +21,7 @@ import clipserve
 from clipserve import checkpoint
 from clipserve.errors import CheckpointError
 from clipserve.model import create
+from index.collection import Collection
 
 ROOT = Path(__file__).parent.parent
 WAIT_S = 180  # on a busy machine an import of torch alone took half a minute
@@ -208,6 +209,23 @@ def test_a_setting_that_cannot_be_used_is_one_line_and_code_2(
     (line,) = [line for line in said.splitlines() if line.startswith("clipserve: ")]
     assert str(unusable) in line
     assert "Traceback" not in said
+
+
+def test_after_best_moved_on_or_a_reload_by_path_a_restart_serves_what_it_can(
+    paths: list[Path], log: Path, tmp_path: Path
+):
+    for name, path in zip(("old", "new"), paths, strict=True):
+        fingerprint = checkpoint.read_description(path)["fingerprint"]
+        for folder in (tmp_path / "root" / name, tmp_path / f"named-{name}"):
+            Collection.create(folder, fingerprint=fingerprint, model_name="m", embed_dim=16).close()
+    best = tmp_path / "best"
+    best.symlink_to(paths[1])
+    named = ("--collection", tmp_path / "named-old", "--collection", tmp_path / "named-new")
+    with serving(best, *named, log=log, collections_root=tmp_path / "root") as address:
+        listed = httpx.get(f"{address}/v1/collections", trust_env=False).json()
+    assert {one["name"] for one in listed["data"]} == {"named-new", "new"}
+    assert {one["name"] for one in listed["unavailable"]} == {"named-old", "old"}
+    assert "unavailable: named-old, old" in log.read_text()
 
 
 @pytest.mark.slow

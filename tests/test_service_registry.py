@@ -24,6 +24,7 @@ from index.collection import Collection, Item
 from index.rerank import candidates, pictures_of, rerank
 from index.search import Searcher
 from service.errors import (
+    CollectionUnavailable,
     Forbidden,
     ModelFailed,
     NotFound,
@@ -262,6 +263,76 @@ def test_what_could_not_be_opened_is_opened_by_the_next_who_asks(
     assert asyncio.run(registry.searcher_of(collection, "text")).field == "text"
 
 
+# Collections that cannot be served
+
+
+def test_a_collection_that_cannot_be_served_leaves_the_others_served(rooted, tmp_path, caplog):
+    root, fingerprint = tmp_path / "root", rooted.model("tiny").fingerprint
+    make_collection(root / "a", "f" * 64)
+    make_collection(root / "b", fingerprint)
+    (make_collection(root / "c", fingerprint) / "collection.sqlite3").write_bytes(b"SECRET" * 999)
+    for name in "abc":
+        rooted.find_collection(root / name)
+    assert list(rooted.collections) == ["b"]
+    assert list(rooted.unavailable) == ["a", "c"]
+    for name, says in (("a", "f" * 12), ("a", fingerprint[:12]), ("c", "the server's log")):
+        with pytest.raises(CollectionUnavailable, match=says) as refused:
+            rooted.collection(name)
+        assert str(root) not in str(refused.value)
+        assert str(root / name) in caplog.text
+    with pytest.raises(
+        NotFound, match="name a collection"
+    ):  # "b" was not meant when all were there
+        rooted.collection(None)
+
+
+@pytest.mark.parametrize("name", ["a", "c"])
+def test_a_collection_that_is_not_served_is_dropped_and_its_name_free(rooted, tmp_path, name):
+    path = make_collection(tmp_path / "root" / name, "f" * 64)
+    if name == "c":
+        (path / "collection.sqlite3").write_bytes(b"")
+    rooted.find_collection(path)
+    told = []
+    rooted.watch_collections(lambda *change: told.append(change))
+    with pytest.raises(RequestError, match="take another"):
+        asyncio.run(rooted.create_collection(name))
+    asyncio.run(rooted.drop_collection(name))
+    assert told[0][0] == name
+    assert not path.exists()
+    with pytest.raises(NotFound):
+        rooted.collection(name)
+    assert asyncio.run(rooted.create_collection(name)).collection.count() == 0
+
+
+def test_what_is_not_served_and_cannot_be_dropped_stays_listed(rooted, tmp_path, monkeypatch):
+    path = make_collection(tmp_path / "root" / "a", "f" * 64)
+    elsewhere = make_collection(tmp_path / "e", "f" * 64)
+    rooted.find_collection(path)
+    rooted.find_collection(elsewhere)
+    with pytest.raises(Forbidden, match="not below"):
+        asyncio.run(rooted.drop_collection("e"))
+    monkeypatch.setattr(rooted, "_erase", deny)
+    with pytest.raises(PermissionError):
+        asyncio.run(rooted.drop_collection("a"))
+    assert sorted(rooted.unavailable) == ["a", "e"]
+
+
+def test_a_named_collection_is_unavailable_only_if_its_model_moved_on(rooted, tmp_path):
+    moved_on = Collection.create(
+        tmp_path / "moved-on", fingerprint="f" * 64, model_name="tiny", embed_dim=16
+    )
+    moved_on.close()
+    rooted.find_collection(tmp_path / "moved-on", is_named=True)
+    assert list(rooted.unavailable) == ["moved-on"]
+    wrong = make_collection(tmp_path / "wrong", "f" * 64)
+    for path, says in ((wrong, "embed the collection anew"), (tmp_path / "none", "no collection")):
+        with pytest.raises(IndexStoreError, match=says):
+            rooted.find_collection(path, is_named=True)
+    assert list(rooted.unavailable) == ["moved-on"]
+    with pytest.raises(ConfigError, match="'moved-on'; rename"):
+        rooted.find_collection(make_collection(tmp_path / "x" / "moved-on", "f" * 64))
+
+
 # Reading pictures and texts together
 
 
@@ -434,7 +505,7 @@ def test_a_collection_is_dropped_while_its_new_index_is_loaded(rooted, monkeypat
 def test_what_cannot_be_dropped_is_served_again(rooted, monkeypatch):
     asyncio.run(rooted.create_collection("toys", None))
     told = []
-    rooted.watch_collections(told.append)
+    rooted.watch_collections(lambda *change: told.append(change))
     for name in ("rename", "unlink"):
         old = rooted.collection("toys")
         old.collection.upsert([Item(name)], np.ones((1, 16)) / 4)
@@ -446,7 +517,7 @@ def test_what_cannot_be_dropped_is_served_again(rooted, monkeypatch):
                 asyncio.run(rooted.drop_collection("toys"))
         again = rooted.collection("toys")
         assert again is not old
-        assert told.pop() is again
+        assert told.pop() == ("toys", again.collection.identity)
         assert asyncio.run(rooted.in_store(again, again.collection.contains, [name])) == {name}
     asyncio.run(rooted.drop_collection("toys"))
     with pytest.raises(NotFound):

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -199,6 +200,39 @@ def test_a_collection_comes_back_to_the_model_that_made_it(registry, paths, tmp_
     assert (result.collections_kept, result.collections_stale) == (["toys"], [])
     assert not served.stale
     assert served.model is registry.model("m")
+
+
+def test_a_collection_of_no_served_model_is_served_when_a_reload_brings_its_model(
+    registry, paths, tmp_path
+):
+    first = registry.load_model(paths[0]).fingerprint
+    second = checkpoint.read_description(paths[1])["fingerprint"]
+    for name, fingerprint in (("toys", second), ("gone", second), ("others", "f" * 64)):
+        Collection.create(
+            tmp_path / name, fingerprint=fingerprint, model_name="m", embed_dim=16
+        ).close()
+        registry.find_collection(tmp_path / name)
+    shutil.rmtree(tmp_path / "gone")
+    told = []
+    registry.watch_collections(lambda *change: told.append(change))
+    result = asyncio.run(registry.reload("m", paths[1]))
+    assert (result.old_fingerprint, result.new_fingerprint) == (first, second)
+    assert (result.collections_kept, result.collections_stale) == (["toys"], [])
+    served = registry.collection("toys")
+    assert served.model is registry.model("m")
+    assert not served.stale
+    assert told == [("toys", served.collection.identity)]
+    assert list(registry.unavailable) == ["gone", "others"]
+
+
+def test_a_reload_by_path_warns_of_the_next_restart(registry, paths, caplog):
+    registry.load_model(paths[0])
+    asyncio.run(registry.reload("m"))
+    assert "restart" not in caplog.text
+    asyncio.run(registry.reload("m", paths[1]))
+    (warning,) = [r for r in caplog.records if "restart" in r.getMessage()]
+    assert warning.levelname == "WARNING"
+    assert str(paths[1]) in warning.getMessage()
 
 
 @pytest.mark.parametrize("damage", ["missing", "broken", "hollow"])

@@ -40,6 +40,32 @@ def test_a_collection_is_made_filled_searched_and_dropped(own_world: World, tmp_
     assert own_world.put("/v1/collections/new.one", model="tiny").status_code == 201
 
 
+def test_an_unavailable_collection_is_listed_refused_with_its_reason_and_dropped(
+    own_world: World, tmp_path: Path
+):
+    path = tmp_path / "old"
+    Collection.create(path, fingerprint="f" * 64, model_name="older", embed_dim=16).close()
+    own_world.registry.find_collection(path)
+    listed = own_world.get("/v1/collections").json()
+    assert [one["name"] for one in listed["data"]] == ["toys"]
+    (lost,) = listed["unavailable"]
+    assert (lost["name"], lost["model"], lost["fingerprint"]) == ("old", "older", "f" * 64)
+    assert str(tmp_path) not in lost["reason"]
+    for response in (
+        own_world.get("/v1/collections/old"),
+        own_world.post("/v1/search", text="x", collection="old"),
+        own_world.put("/v1/collections/old/items", items=[{"id": "a", "text": "x"}]),
+        own_world.post("/v1/jobs", collection="old", items=[{"id": "a", "text": "x"}]),
+    ):
+        assert error(response)["code"] == "collection_unavailable"
+        check_refusal(response, 503, "f" * 12)
+    assert own_world.post("/v1/search", text="x", collection="toys").status_code == 200
+    dropped = own_world.client.delete("/v1/collections/old")
+    assert (dropped.status_code, dropped.json()) == (200, {"collection": "old", "dropped": True})
+    assert own_world.get("/v1/collections").json()["unavailable"] == []
+    assert own_world.get("/v1/collections/old").status_code == 404
+
+
 @pytest.mark.parametrize("name", [".hidden", "..", "a b", "a%00b", "%2e%2e%2fx", "x" * 300, "-x"])
 def test_a_name_that_could_lead_elsewhere_makes_nothing(
     own_world: World, tmp_path: Path, name: str

@@ -12,6 +12,7 @@ from conftest import encode, make_picture
 from served import COUNT
 
 import clipserve
+from index.collection import Collection
 from service.app import create_app
 from service.keys import add_key
 from service.registry import Registry
@@ -98,6 +99,29 @@ def test_without_a_collection_there_is_no_search_but_classification(
         page.fill("#labels", "a, b")
         page.get_by_role("button", name="Classify").click()
         page.wait_for_selector(".bars li")
+    registry.close()
+
+
+def test_a_collection_that_is_not_served_says_why_and_can_be_dropped(
+    browser: Any, model_dir: Path, tmp_path: Path
+):
+    registry = Registry(load_settings(collections_root=tmp_path))
+    registry.add_model(clipserve.load(model_dir, device="cpu", dtype="fp32"), model_dir)
+    path = tmp_path / "old"
+    Collection.create(path, fingerprint="f" * 64, model_name="older", embed_dim=16).close()
+    registry.find_collection(path)
+    with (
+        listening(create_app(load_settings(), registry)) as address,
+        open_page(browser, address) as page,
+    ):
+        page.keyboard.press("3")
+        see(page, "#collection-list", "It is not served: it was made by model 'older'")
+        page.get_by_role("button", name="Drop old").click()
+        see(page, "#drop-text", "All items and the index are removed")
+        page.fill("#drop-name", "old")
+        page.click("#drop-go")
+        see(page, "#collections-notice", "No collection is served.")
+    assert not path.exists()
     registry.close()
 
 

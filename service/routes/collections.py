@@ -23,12 +23,22 @@ router = APIRouter(tags=["collections"])
 
 @router.get("/v1/collections")
 async def collections(registry: ServedRegistry) -> Response:
-    """Every collection served."""
+    """Every collection served, and those that are here but unavailable, with the reason."""
     data = []
     for served in list(registry.collections.values()):
         with contextlib.suppress(CollectionClosed):  # it is being dropped
             data.append(await registry.in_store(served, _describe, served))
-    return reply({"object": "list", "data": data})
+    unavailable = [
+        {
+            "name": lost.name,
+            "object": "collection",
+            "model": lost.model_name,
+            "fingerprint": lost.fingerprint,
+            "reason": lost.reason,
+        }
+        for lost in registry.unavailable.values()
+    ]
+    return reply({"object": "list", "data": data, "unavailable": unavailable})
 
 
 # Before the collection's own route, which would match as well.
@@ -71,10 +81,11 @@ async def collection(name: str, registry: ServedRegistry) -> Response:
 
 @router.delete("/v1/collections/{name}", dependencies=[Depends(require("admin"))])
 async def drop(name: str, registry: ServedRegistry) -> Response:
-    """Remove a collection, and all that is in it, from disk."""
-    served = registry.collection(name)
+    """Remove a collection, and all that is in it, from disk, also one that is unavailable."""
+    served = registry.collections.get(name)
     await registry.drop_collection(name)
-    return reply({"collection": name, "dropped": True}, served.model)
+    model = None if served is None else served.model
+    return reply({"collection": name, "dropped": True}, model)
 
 
 @router.get("/v1/collections/{name}/count")

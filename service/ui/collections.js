@@ -59,8 +59,10 @@ const none = () =>
   });
 
 function showService() {
-  byId("collections-notice").replaceChildren(...(service.collections.length ? [] : [none()]));
-  byId("collection-list").replaceChildren(...service.collections.map(card));
+  const { collections, unavailable } = service;
+  const isEmpty = !collections.length && !unavailable.length;
+  byId("collections-notice").replaceChildren(...(isEmpty ? [none()] : []));
+  byId("collection-list").replaceChildren(...collections.map(card), ...unavailable.map(lostCard));
   if (name && !collectionNamed(name)) {
     name = null;
     byId("browser").hidden = true;
@@ -93,6 +95,17 @@ function card(one) {
     ...notes,
     element("div", { class: "row" }, ...buttons),
     told,
+  );
+}
+
+function lostCard(one) {
+  const drop = button(`Drop ${one.name}`, () => openDrop(one.name), { class: "quiet" }, "Drop");
+  return element(
+    "li",
+    { class: "panel collection" },
+    element("h2", {}, one.name),
+    element("p", { class: "note warn" }, `It is not served: ${one.reason}`),
+    element("div", { class: "row" }, drop),
   );
 }
 
@@ -130,7 +143,7 @@ function browse(collection) {
   byId("browser").hidden = false;
   byId("browser-title").textContent = `Items of ${name}`;
   for (const [i, item] of [...byId("collection-list").children].entries()) {
-    item.classList.toggle("current", service.collections[i].name === name);
+    item.classList.toggle("current", service.collections[i]?.name === name);
   }
   byId("browser-hits").replaceChildren();
   return showPage();

@@ -44,7 +44,8 @@ export function openDrop(name) {
   byId("drop-notice").replaceChildren();
   byId("drop-go").disabled = true;
   byId("drop-title").textContent = `Drop ${name}?`;
-  const items = plural(collectionNamed(name).count, "item");
+  const one = collectionNamed(name); // none, if it is unavailable
+  const items = one ? plural(one.count, "item") : "All items";
   byId("drop-text").textContent = `${items} and the index are removed from disk, for good.`;
   byId("drop-label").replaceChildren("Type its name, ", element("b", {}, name), ", to confirm");
   byId("drop-dialog").showModal();

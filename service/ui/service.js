@@ -2,7 +2,13 @@
 
 import { ask } from "./api.js";
 
-export const service = { models: [], collections: [], templateSets: [], labelSets: [] };
+export const service = {
+  models: [],
+  collections: [],
+  unavailable: [],
+  templateSets: [],
+  labelSets: [],
+};
 
 const listeners = [];
 
@@ -20,6 +26,7 @@ export async function refresh() {
   service.models = models.data;
   service.templateSets = models.template_sets;
   service.collections = collections.data;
+  service.unavailable = collections.unavailable;
   service.labelSets = labelSets.data;
   for (const listener of listeners) listener();
 }
