@@ -58,8 +58,8 @@ def start(
     )
 
 
-def finish(process: subprocess.Popen[str], code: int = 0) -> str:
-    _, errors = process.communicate(timeout=300)
+def finish(process: subprocess.Popen[str], code: int = 0, within_s: float = 300) -> str:
+    _, errors = process.communicate(timeout=within_s)
     assert process.returncode == code, errors
     return errors
 
@@ -272,9 +272,20 @@ def test_a_rank_that_dies_leaves_the_others_a_checkpoint(shards: Path, tmp_path:
     out = tmp_path / "run"
     first, second = start_ranks(shards, out, ["", "SIGKILL:4"])
     finish(second, -signal.SIGKILL)
-    errors = finish(first, 1)
+    errors = finish(first, 1, within_s=30)
     assert "another process of this run is gone" in errors
     assert "Traceback" not in errors
+    assert (out / "latest").resolve().name == "step-000000003"
+
+
+@pytest.mark.parametrize("full", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_rank_whose_memory_is_full_ends_all_with_a_checkpoint(
+    shards: Path, tmp_path: Path, full: int
+) -> None:
+    out = tmp_path / "run"
+    ranks = start_ranks(shards, out, ["FULL:4" if rank == full else "" for rank in range(2)])
+    assert "CUDA out of memory" in finish(ranks[full], 1)
+    assert "another process of this run is gone" in finish(ranks[1 - full], 1, within_s=30)
     assert (out / "latest").resolve().name == "step-000000003"
 
 

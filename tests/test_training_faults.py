@@ -21,6 +21,7 @@ from clipserve.errors import (
 from clipserve.shards import ShardSet
 from training import loop, saver
 from training.distributed import World
+from training.mixture import Mixture
 from training.state import State, verify_state
 
 
@@ -99,6 +100,57 @@ def test_a_gpu_without_room_for_validation_loses_no_epoch(
         assert note == "and no checkpoint could be written: CUDA out of memory."
     else:
         assert (out / "latest").resolve().name == "step-000000003"
+
+
+FULL = "CUDA out of memory.\nTried to allocate 2 GiB"
+
+
+@pytest.mark.parametrize(("owner", "name"), [(torch.Tensor, "backward"), (Mixture, "read")])
+def test_whatever_fails_before_the_weights_change_loses_no_step(
+    owner: type, name: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, tracked = getattr(owner, name), []
+    wanted = 5 if owner is torch.Tensor else 4 * 8 + 1  # in step 5, of 8 samples
+
+    def fail(*arguments: Any) -> Any:
+        tracked.append(1)
+        if len(tracked) == wanted:
+            raise torch.OutOfMemoryError(FULL)
+        return real(*arguments)
+
+    out, settings = tmp_path / "run", ("train.steps=6", "data.last_batch=keep")
+    given = config(data, out, *settings)
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, name, fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            run(given)
+    assert (out / "latest").resolve().name == "step-000000004"
+    run(given)
+    run(config(data, tmp_path / "whole", *settings))
+    assert losses(out) == losses(tmp_path / "whole")
+
+
+def test_weights_that_a_step_was_changing_are_not_saved(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = torch.optim.AdamW.step, []
+
+    def step(optimizer: Any, *arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 5:
+            raise torch.OutOfMemoryError(FULL)
+        return real(optimizer, *arguments)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    out = tmp_path / "run"
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        run(config(data, out))
+    (before,) = (out / "checkpoints").iterdir()
+    assert before.name == "step-000000003"
+    assert caught.value.__notes__ == [
+        "and no checkpoint could be written: the step was changing the weights",
+        f"the last one is {before}",
+    ]
 
 
 def validations(out: Path) -> dict[int, float]:

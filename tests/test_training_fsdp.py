@@ -156,6 +156,7 @@ def test_a_killed_rank_ends_the_other_and_the_run_goes_on_from_its_checkpoint(
     assert second.code == -9
     assert first.code == 1, first.said
     assert "another process of this run is gone" in first.said
+    assert "split weights are saved by all processes together" in first.said
     assert f"the last one is {(out / 'latest').resolve()}" in first.said
     assert "Traceback" not in first.said
     assert (out / "latest").resolve().name == "step-000000006"

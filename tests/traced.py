@@ -3,7 +3,8 @@
     python tests/traced.py TRACE SIGNAL:STEP,... section.key=value ...
 
 A line of TRACE is one rank's step: {"rank", "step", "keys", "pixels", "loss"}. A signal is sent in
-the middle of its step, once: the file TRACE.SIGNAL.STEP says that it was.
+the middle of its step, once: the file TRACE.SIGNAL.STEP says that it was. FULL is no signal: the
+step fails as on a GPU whose memory is full.
 """
 
 import hashlib
@@ -13,6 +14,8 @@ import signal
 import sys
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from clipserve.cli import main
 from training import loop
@@ -27,6 +30,8 @@ def trace_steps(trace: Path, signals: dict[int, str]) -> None:
         sent = trace.with_name(f"{trace.name}.{name}.{number}")
         if name and not sent.exists():
             sent.touch()
+            if name == "FULL":
+                raise torch.OutOfMemoryError("CUDA out of memory")
             os.kill(os.getpid(), getattr(signal, name))
         losses = real(run, batch, counts)
         line = {

@@ -152,7 +152,7 @@ def _loop(run: Run, directory: RunDirectory, tracker: Tracker, signals: Signals)
             # ---- agree: what every rank has, and what was asked for meanwhile
             turn = agree(run, batch, failure, signals, saver.due)
             if turn.failure is not None:
-                saver.save_despite(turn.failure)
+                saver.save_despite(turn.failure, is_shared=bool(turn.counts))
                 raise turn.failure
             if turn.stopped_by:
                 stopped_by = turn.stopped_by
@@ -173,8 +173,8 @@ def _loop(run: Run, directory: RunDirectory, tracker: Tracker, signals: Signals)
                     losses = train_step(run, batch, turn.counts)
             except SkippedStep as skipped_step:
                 fault, losses = skipped_step, skipped_step.losses
-            except TrainingError as error:  # a rank is gone; no weight was changed yet
-                saver.save_despite(error)
+            except Exception as error:  # another rank is gone, or there is no memory for it
+                saver.save_despite(error, is_shared=False)
                 raise
 
             # ---- count

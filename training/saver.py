@@ -64,13 +64,14 @@ class Saver:
         if counters.step != self._saved_step:
             self._write({}, is_aside=counters.is_unproven)
 
-    def save_despite(self, failure: Exception) -> None:
-        """Save the steps done so far; if that fails too, the first failure is the one to tell."""
+    def save_despite(self, failure: Exception, is_shared: bool = True) -> None:
+        """Save the steps done so far; if that fails too, the first failure is the one to tell.
+
+        `is_shared`: all ranks are there and do the same.
+        """
         latest = self._directory.path / "latest"
-        try:
-            self.save()
-        except Exception as error:  # a GPU may be too full for this too
-            failure.add_note(f"and no checkpoint could be written: {first_line(error)}")
+        if reason := self._try_to_save(is_shared):
+            failure.add_note(f"and no checkpoint could be written: {reason}")
             if latest.exists():
                 failure.add_note(f"the last one is {latest.resolve()}")
         if self.aside is not None:
@@ -80,14 +81,28 @@ class Saver:
                 f" command {start}"
             )
 
+    def _try_to_save(self, is_shared: bool) -> str | None:
+        """Why that was not possible, if it was not."""
+        state = self._run.state
+        if state.counters.step == self._saved_step:
+            return None
+        if state.is_torn:
+            return "the step was changing the weights"
+        if state.is_split and not is_shared:
+            return "split weights are saved by all processes together"
+        try:
+            self.save()
+        except Exception as error:  # a GPU may be too full for this too
+            return first_line(error)
+        return None
+
     def _validate(self) -> None:
         run, counters = self._run, self._run.state.counters
         if run.val is not None:
             try:
                 self.metrics = _evaluate(run)
             except Exception as error:  # a GPU without room for it, say
-                if not run.state.is_split:  # else all ranks would have to save, and one has failed
-                    self.save_despite(error)
+                self.save_despite(error, is_shared=False)
                 raise
             self._tracker.log(counters.step, self.metrics)
         if (rule := run.config.train.early_stop) is not None:

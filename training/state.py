@@ -94,6 +94,8 @@ class State:
     counters: Counters = field(default_factory=Counters)
     ema: Twin | None = None
     skeleton: nn.Module | None = None
+    is_torn: bool = False
+    """whether a step has begun to change it and is not done"""
 
     @property
     def served(self) -> Model:

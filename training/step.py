@@ -20,8 +20,9 @@ def train_step(run: Run, batch: Batch, counts: list[int]) -> dict[str, Tensor]:
     """One optimizer step; returns the loss over the global batch, its terms, and reports.
 
     Nothing that a checkpoint holds is changed before the ranks have told each other everything: a
-    rank that dies leaves the others at the end of the step before. Raises SkippedStep, on all ranks
-    alike, for a step that must not be taken, and ConfigError if there is nothing that could learn.
+    rank that dies, or whose memory is full, leaves all at the end of the step before. Raises
+    SkippedStep, on all ranks alike, for a step that must not be taken, and ConfigError if there is
+    nothing that could learn.
     """
     networks, state, world = run.networks, run.state, run.world
     per_epoch = run.stream.order.batches_per_epoch
@@ -68,6 +69,7 @@ def train_step(run: Run, batch: Batch, counts: list[int]) -> dict[str, Tensor]:
     check_step(state.counters, run.config.train, losses, norm)
     if run.config.optim.grad_clip is not None:
         clip_gradients(run.parameters, run.config.optim.grad_clip, norm)
+    state.is_torn = True
     state.optimizer.step()
     run.adapters.merge()
     clamp_logit_scale(state.model, run.max_logit_scale)
@@ -79,6 +81,7 @@ def train_step(run: Run, batch: Batch, counts: list[int]) -> dict[str, Tensor]:
         networks.twin.update(state.model.network)
     if networks.queue is not None and step.momentum is not None:
         networks.queue.push(step.momentum.image, step.momentum.text, step.groups)
+    state.is_torn = False
     return {**losses, "grad_norm": norm}
 
 

@@ -19,9 +19,7 @@ _BAD_SAMPLES_ALWAYS_ALLOWED = 10
 _FAILED = -1  # in place of a rank's number of samples
 
 
-def take(
-    batches: Iterator[Batch], signals: Signals
-) -> tuple[Batch, ClipserveError | OSError | None]:
+def take(batches: Iterator[Batch], signals: Signals) -> tuple[Batch, Exception | None]:
     """The next batch, an empty one if a signal came first, or why there is none."""
     empty = torch.empty(0)
     nothing = Batch(empty, empty, [], 0, groups=empty)
@@ -30,7 +28,7 @@ def take(
             return next(batches), None
     except StopWaiting:
         return nothing, None
-    except (ClipserveError, OSError) as error:
+    except Exception as error:  # of any kind: from a worker that lacks memory, say
         return nothing, error
 
 
@@ -39,6 +37,7 @@ class Turn:
     """What the ranks agreed on before a step: each one's good samples, or what comes instead."""
 
     counts: list[int]
+    """empty if a rank is gone"""
     wishes: Wish = Wish.NOTHING
     stopped_by: signal.Signals | None = None
     failure: Exception | None = None
