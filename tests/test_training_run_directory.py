@@ -86,6 +86,23 @@ def test_a_run_killed_right_after_going_back_knows_of_no_best_either(
     assert best(begun)[0] == "step-000000004"
 
 
+def test_every_course_that_was_left_is_kept(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path, 9)
+    start, later = (directory.folder_of(step) for step in (3, 6))
+    start.mkdir(parents=True)
+    for course in ("first", "second", "third"):
+        later.mkdir()
+        (later / "course").write_text(course)
+        link_atomic(tmp_path / "latest", f"checkpoints/{later.name}")
+        directory.go_back_to(start, 3)
+    kept = {file.parent.name: file.read_text() for file in tmp_path.glob("checkpoints/*/course")}
+    assert kept == {
+        "left-step-000000006": "first",
+        "left-step-000000006-2": "second",
+        "left-step-000000006-3": "third",
+    }
+
+
 def test_a_run_begun_from_anothers_checkpoint_has_a_best_of_its_own(
     begun: Path, given: list[str], tmp_path: Path
 ) -> None:

@@ -2,7 +2,7 @@
 
     checkpoints/step-000000130/    a model directory, with state/ for resuming
     latest, best                   links to two of them
-    checkpoints/left-step-...      of a course that was left by going back
+    checkpoints/left-step-...      of courses that were left by going back, the later ones numbered
     checkpoints/skipped-step-...   of a run that ended after a skipped step: for --resume alone
 
 Start at `RunDirectory`.
@@ -10,6 +10,7 @@ Start at `RunDirectory`.
 
 import contextlib
 import fcntl
+import itertools
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -128,9 +129,7 @@ class RunDirectory:
             best.unlink()
         for folder in sorted(checkpoints.glob("step-*")):
             if folder.name > own:
-                left = folder.with_name(f"left-{folder.name}")
-                shutil.rmtree(left, ignore_errors=True)
-                folder.rename(left)
+                folder.rename(_free(folder.with_name(f"left-{folder.name}")))
 
     def folder_of(self, step: int, is_aside: bool = False) -> Path:
         """The checkpoint of a step."""
@@ -189,3 +188,9 @@ class RunDirectory:
         for folder in sorted((self.path / "checkpoints").glob("step-*"))[: -self.keep]:
             if folder.resolve() not in linked:
                 shutil.rmtree(folder)
+
+
+def _free(path: Path) -> Path:
+    """That, or a number behind it, where there is nothing yet."""
+    names = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
+    return next(name for name in itertools.chain([path], names) if not name.exists())
