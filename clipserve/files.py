@@ -43,8 +43,9 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
 def new_directory(path: Path, *, replace: bool = True) -> Iterator[Path]:
     """A directory to fill; it appears under `path`, complete and on disk, when the block succeeds.
 
-    An older directory of that name is replaced, and stays if the block fails. Without `replace`
-    whatever holds something stays, though it came to be meanwhile: FileExistsError.
+    An older directory of that name is replaced, and stays if the block or the replacing fails. That
+    takes two renamings: a kill between them leaves the older one for `put_back_replaced`. Without
+    `replace` whatever holds something stays, though it came to be meanwhile: FileExistsError.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
@@ -56,10 +57,7 @@ def new_directory(path: Path, *, replace: bool = True) -> Iterator[Path]:
             sync(file)
         sync(folder)
         if replace and path.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
-            path.rename(old / "replaced")
-            folder.rename(path)
-            shutil.rmtree(old)
+            _replace(path, folder)
         else:
             try:
                 folder.rename(path)  # which the system does onto nothing or an empty directory
@@ -71,6 +69,18 @@ def new_directory(path: Path, *, replace: bool = True) -> Iterator[Path]:
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     sync(path.parent)
+
+
+def put_back_replaced(old: Path) -> None:
+    """Undo what a kill left half done: `old` is the `.NAME.*.old` beside a replaced directory.
+
+    What it holds becomes NAME again, unless that is there; `old` is removed.
+    """
+    path = old.with_name(old.name[1:].rsplit(".", 2)[0])
+    if (old / _REPLACED).exists() and not path.exists():
+        (old / _REPLACED).rename(path)
+        sync(path.parent)
+    shutil.rmtree(old)
 
 
 def save_tensors(
@@ -125,8 +135,22 @@ def hash_ahead(paths: Iterable[Path]) -> None:
     threading.Thread(target=_hash, args=(begun,), name="hash", daemon=True).start()
 
 
+_REPLACED = "replaced"
 _begun: dict[tuple[int, ...], "Future[str]"] = {}
 _DIGESTED_AT_ONCE = 8 * 2**20  # few turns at the interpreter's lock, which imports hold meanwhile
+
+
+def _replace(path: Path, folder: Path) -> None:
+    """Put `folder` in the place of another; if that fails, all is as before."""
+    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+    try:
+        path.rename(old / _REPLACED)
+        folder.rename(path)
+    except BaseException:
+        put_back_replaced(old)
+        raise
+    sync(path.parent)
+    shutil.rmtree(old)
 
 
 def _identity(file: FileIO) -> tuple[int, ...]:

@@ -1,5 +1,8 @@
 import hashlib
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,6 +59,66 @@ def test_an_older_directory_is_replaced_or_stays_as_asked(tmp_path: Path) -> Non
         (folder / "newer").write_text("x")
     assert [file.name for file in target.iterdir()] == ["new"]
     assert list(tmp_path.iterdir()) == [target]
+
+
+# A process that replaces a directory, and kills itself after so many renamings.
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from clipserve import files
+
+target, renamings = Path(sys.argv[1]), int(sys.argv[2])
+real, done = Path.rename, []
+
+def rename(path, new):
+    done.append(real(path, new))
+    if len(done) == renamings:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return new
+
+with files.new_directory(target) as folder:
+    (folder / "version").write_text("new")
+    Path.rename = rename
+"""
+
+
+def write_version(target: Path, text: str) -> None:
+    with files.new_directory(target) as folder:
+        (folder / "version").write_text(text)
+
+
+def test_a_directory_that_cannot_be_replaced_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, real = tmp_path / "model", Path.rename
+    write_version(target, "old")
+
+    def rename(path: Path, new: Path) -> Path:
+        if new == target and path.name == "model":
+            raise OSError(5, "Input/output error")
+        return real(path, new)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", rename)
+        with pytest.raises(OSError, match="Input/output error"):
+            write_version(target, "new")
+    assert (target / "version").read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("renamings", [1, 2])
+def test_a_kill_while_a_directory_is_replaced_leaves_one_of_the_two(
+    tmp_path: Path, renamings: int
+) -> None:
+    target = tmp_path / "step-3"
+    write_version(target, "old")
+    command = [sys.executable, "-c", KILLED, str(target), str(renamings)]
+    root = Path(files.__file__).parent.parent
+    assert subprocess.run(command, cwd=root).returncode == -signal.SIGKILL
+    (old,) = tmp_path.glob(".step-3.*.old")
+    files.put_back_replaced(old)
+    assert (target / "version").read_text() == ("old" if renamings == 1 else "new")
+    assert not list(tmp_path.glob("*.old"))
 
 
 @pytest.mark.parametrize("is_file", [False, True])

@@ -110,6 +110,17 @@ def test_a_run_begun_from_anothers_checkpoint_has_a_best_of_its_own(
     assert best(tmp_path / "other")[0] == "step-000000009"
 
 
+def test_a_checkpoint_whose_replacement_was_killed_is_there_again(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path, 9)
+    replaced = directory.folder_of(3).with_name(".step-000000003.ab_12.old") / "replaced"
+    replaced.mkdir(parents=True)
+    (replaced.parent.with_name(".step-000000003.cd.tmp") / "step-000000003").mkdir(parents=True)
+    link_atomic(tmp_path / "latest", "checkpoints/step-000000003")
+    with directory.lock():
+        assert directory.find_start("auto") == directory.folder_of(3)
+    assert list((tmp_path / "checkpoints").iterdir()) == [directory.folder_of(3)]
+
+
 def check_ranks(world: World, folder: Path) -> None:
     shared, own = (RunDirectory(folder / name, 1) for name in ("shared", str(world.rank)))
     assert shared.find_latest(world) == shared.path / "checkpoints" / "step-000000001"

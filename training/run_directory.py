@@ -19,7 +19,7 @@ from typing import Any
 
 from clipserve import checkpoint
 from clipserve.errors import CheckpointError, ConfigError
-from clipserve.files import link_atomic, new_directory
+from clipserve.files import link_atomic, new_directory, put_back_replaced
 from clipserve.shards import is_shard_source
 from training.distributed import ALONE, World
 from training.runs import LOCK
@@ -61,9 +61,16 @@ class RunDirectory:
                 raise ConfigError(
                     f"another process is training into {self.path}; choose another `out`"
                 ) from None
-            for unfinished in (self.path / "checkpoints").glob(".*step-*"):  # of a killed process
-                shutil.rmtree(unfinished)
+            self._clear_up()
             yield
+
+    def _clear_up(self) -> None:
+        """What a killed process left half written, or half replaced."""
+        checkpoints = self.path / "checkpoints"
+        for old in checkpoints.glob(".*step-*.old"):
+            put_back_replaced(old)
+        for unfinished in checkpoints.glob(".*step-*"):
+            shutil.rmtree(unfinished)
 
     def find_start(self, resume: str) -> Path | None:
         """The checkpoint that `--resume` means, None for a fresh start."""
