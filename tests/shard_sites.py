@@ -49,6 +49,12 @@ class Site(ThreadingHTTPServer):
             thread.join()
             site.server_close()
 
+    def share(self, folder: Path) -> str:
+        """The address under which a folder of shards is served."""
+        for file in folder.iterdir():
+            self.files[f"/{folder.name}/{file.name}"] = file.read_bytes()
+        return f"{self.url}/{folder.name}"
+
     def handle_error(self, *_: Any) -> None:
         """A client that hangs up is part of these tests."""
 

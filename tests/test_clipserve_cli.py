@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import test_clipserve_cli_index
 from conftest import encode, make_picture
+from shard_sites import Site
 from test_clipserve_cli_index import Done, Run
 
 from clipserve import cli
@@ -348,6 +349,17 @@ def test_a_clip_is_not_written_as_an_albef(run: Run, model_dir: Path, tmp_path: 
     refused = run("export", model_dir, tmp_path / "x", "--to", "albef")
     assert refused.code == 2
     assert "--to open_clip, transformers or onnx" in refused.err
+
+
+def test_a_model_is_measured_on_shards_from_elsewhere_too(
+    run: Run, model_dir: Path, captioned: Any, tmp_path: Path
+) -> None:
+    run("pack", captioned(4), tmp_path / "shards")
+    here = run("evaluate", model_dir, "--data", tmp_path / "shards")
+    with Site.serving() as site:
+        there = run("evaluate", model_dir, "--data", site.share(tmp_path / "shards"))
+    assert there.code == 0, there.err
+    assert there.json["retrieval"] == here.json["retrieval"]
 
 
 def test_reranking_that_cannot_be_meant_is_refused(

@@ -6,6 +6,7 @@ import pytest
 import torch
 import typer
 from conftest import tiny_architecture
+from shard_sites import Site
 
 from clipserve import checkpoint
 from clipserve.cli.interpolate import interpolate
@@ -57,6 +58,20 @@ def test_a_sweep_prints_and_writes_the_recall_on_every_task(
     middle = report["rows"][1]["recall"]
     shown = [f"{middle[i][key]:.1%}" for i in (0, 1) for key in ("mean_r1", "mean_r10")]
     assert lines[1].split() == ["0.5", *shown]
+
+
+def test_a_sweep_measures_on_shards_from_elsewhere_too(
+    model_dir: Path, tuned: Path, captioned: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pack(captioned(4), tmp_path / "shards")
+    capsys.readouterr()
+    with Site.serving() as site:
+        places = [str(tmp_path / "shards"), site.share(tmp_path / "shards")]
+        secret = places[1].replace("http://", "http://me:secret@")
+        run(model_dir, tuned, "--sweep", "0,1", "--data", places[0], "--data", secret)
+    head, *rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert head[1::2] == [places[0], places[0], places[1], places[1]]
+    assert all(row[1:3] == row[3:5] for row in rows)
 
 
 def test_one_alpha_writes_a_model(

@@ -29,7 +29,7 @@ def interpolate(
         str | None, typer.Option(help="Several alphas, comma separated: measure, write no model.")
     ] = None,
     data: Annotated[
-        list[Path] | None, typer.Option(help="With --sweep: shards to measure on; repeat it.")
+        list[str] | None, typer.Option(help="With --sweep: shards to measure on; repeat it.")
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -56,7 +56,7 @@ def _sweep(
     start: Path,
     tuned: Path,
     alphas: list[float],
-    data: list[Path],
+    data: list[str],
     out: Path | None,
     device: str,
     dtype: str,
@@ -70,9 +70,9 @@ def _sweep(
     from clipserve.shards import ShardSet
     from training.evaluate.sweep import sweep
 
-    sets = [ShardSet.open(folder) for folder in data]
+    sets = [ShardSet.open(location) for location in data]
     report = sweep(*load_pair(start, tuned), alphas, sets, device, dtype)
-    report["data"] = [str(folder) for folder in data]
+    report["data"] = [shards.location for shards in sets]  # without credentials
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(out, json.dumps(report, indent=2) + "\n")

@@ -126,7 +126,9 @@ def _cell(value: float | None, form: str) -> str:
 
 def evaluate(
     model: ModelDir,
-    data: Annotated[Path, typer.Option(help="Shards to evaluate on.")],
+    data: Annotated[
+        str, typer.Option(help="Shards to evaluate on: a folder, a .tar, a pattern, or a URL.")
+    ],
     tasks: Annotated[str, typer.Option(help="Comma-separated: retrieval, zeroshot.")] = "retrieval",
     label_field: Annotated[
         str, typer.Option(help="zeroshot: the JSON field with the class; `caption` for the text.")
