@@ -76,6 +76,19 @@ def test_a_frozen_tower_is_in_evaluation_mode_and_the_rest_is_not(architecture: 
     assert model.network.visual.patch_dropout.training
 
 
+@pytest.mark.parametrize("learnt", [["!image.proj"], ["!image.proj", "!image.ln_post.*"]])
+def test_under_a_probe_the_tower_sees_every_patch(architecture: Any, learnt: list[str]) -> None:
+    architecture["vision_cfg"]["patch_dropout"] = 0.5
+    model = create(architecture).train()
+    chosen = choose(find_weights(model.network), ["*", *learnt, "!text.text_projection"])
+    frozen = Frozen(chosen, [model.network], until=1)
+    frozen.hold(0)
+    pixels = torch.randn(1, 3, 32, 32)
+    assert torch.equal(model.encode_image(pixels), model.encode_image(pixels))
+    frozen.hold(1)
+    assert model.network.visual.patch_dropout.training
+
+
 def test_of_a_half_frozen_tower_only_what_is_wholly_frozen_is_still(architecture: Any) -> None:
     architecture["vision_cfg"] |= {"patch_dropout": 0.5, "layers": 2}
     model = create(architecture).train()

@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from clipserve.errors import ConfigError
-from training.parts import Weight
+from training.parts import Weight, find_weights
 
 
 def choose(weights: Sequence[Weight], patterns: Sequence[str]) -> list[Weight]:
@@ -43,19 +43,19 @@ class Frozen:
     """Holds weights still, for good or until a number of steps is done.
 
     What consists of frozen weights alone is in evaluation mode meanwhile: no dropout, no patch
-    dropout, no change of running statistics. Gradients go through only where they must.
+    dropout, no change of running statistics. So is patch dropout, which has no weights, where all
+    that learns in its tower stands above the layers. Gradients go through only where they must.
     """
 
     def __init__(
         self,
         weights: Iterable[Weight] = (),
-        modules: Iterable[nn.Module] = (),
+        modules: Sequence[nn.Module] = (),
         until: int | None = None,
     ) -> None:
         self.weights = list(weights)
         self.until = until
-        own = {id(weight.parameter) for weight in self.weights}
-        self._still = [found for module in modules for found in _find_whole(module, own)]
+        self._still = _find_still(self.weights, modules) if modules else []
         self._is_held = False
 
     def hold(self, step: int) -> None:
@@ -70,12 +70,21 @@ class Frozen:
             module.train(not wanted)
 
 
-def _find_whole(module: nn.Module, frozen: set[int]) -> list[nn.Module]:
-    """The outermost modules that have parameters, all of them frozen."""
-    own = [id(parameter) for parameter in module.parameters()]
-    if own and frozen.issuperset(own):
-        return [module]
-    return [found for child in module.children() for found in _find_whole(child, frozen)]
+def _find_still(weights: Sequence[Weight], modules: Sequence[nn.Module]) -> list[nn.Module]:
+    """The outermost modules that have parameters, all of them frozen, and those without beside
+    layers above which alone something learns."""
+    frozen = {id(weight.parameter) for weight in weights}
+    layered = {id(weight.parameter) for weight in weights if weight.stack is not None}
+    above = {id(weight.parameter) for weight in find_weights(*modules) if weight.layer is None}
+
+    def find(module: nn.Module, is_below: bool = False) -> list[nn.Module]:
+        own = {id(parameter) for parameter in module.parameters()}
+        if own <= frozen and (own or is_below):
+            return [module]
+        is_below = bool(own & layered) and own - frozen <= above
+        return [found for child in module.children() for found in find(child, is_below)]
+
+    return [found for module in modules for found in find(module)]
 
 
 def _explain(pattern: str, plain: str, is_known: bool, names: list[str]) -> str:
