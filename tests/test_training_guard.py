@@ -317,6 +317,40 @@ def test_a_spike_before_the_first_checkpoint_is_only_skipped(
     assert "no checkpoint yet to go back to" in caplog.text
 
 
+@pytest.mark.parametrize("stop", [None, 6])
+def test_a_loss_that_rises_for_good_when_weights_are_released_is_no_spike(
+    shards: Path,
+    tmp_path: Path,
+    disturbed: Disturbance,
+    signalled: dict[int, signal.Signals],
+    stop: int | None,
+) -> None:
+    out, rest = tmp_path / "run", set(range(7, STEPS + 1))
+    disturbed.spike.update(rest)
+    if stop is not None:
+        signalled[stop] = signal.SIGTERM
+    thaw = ["optim.freeze=['image.*']", "optim.unfreeze_after_steps=6", "train.max_skipped=2"]
+    for _ in range(2 if stop else 1):
+        train(config(shards, out, *thaw))
+    assert logged_losses(out).keys() == set(range(1, STEPS + 1))
+    assert not (out / "skipped_samples.jsonl").exists()
+    state = json.loads((out / "latest" / "state" / "state.json").read_text())
+    assert len(state["counters"]["losses"]) == len(rest)
+
+
+def test_a_roll_back_to_before_the_release_does_not_bring_its_losses_back(
+    shards: Path, tmp_path: Path, disturbed: Disturbance
+) -> None:
+    out = tmp_path / "run"
+    disturbed.spike.update(range(7, STEPS + 1))
+    disturbed.nan.update({8, 9, 10})  # the third in a row goes back
+    thaw = ["optim.freeze=['image.*']", "optim.unfreeze_after_steps=6", "train.roll_back=true"]
+    train(config(shards, out, *thaw, "train.checkpoint_every_steps=6"))
+    assert {line["step"] for line in read(out, "skipped_samples.jsonl")} == {8, 9, 10}
+    state = json.loads((out / "latest" / "state" / "state.json").read_text())
+    assert state["counters"]["rolled_back"] == 1
+
+
 def settings(**given: Any) -> TrainConfig:
     return TrainConfig(steps=1, **given)
 

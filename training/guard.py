@@ -77,14 +77,16 @@ def wants_roll_back(counters: Counters, fault: SkippedStep) -> bool:
     return fault.is_spike or _in_a_row(counters) % _STUCK == 0
 
 
-def roll_back(state: State, checkpoint: Path) -> None:
+def roll_back(state: State, checkpoint: Path, released_at: int | None = None) -> None:
     """All that learns or remembers, as it was in a checkpoint; steps and data go on.
 
-    So a continuation needs to know nothing of it, and no batch is seen again.
+    So a continuation needs to know nothing of it, and no batch is seen again. `released_at` is the
+    step before which weights were frozen: the losses until then tell nothing of those after it.
     """
     counters, position = state.counters, state.position
     state.restore(checkpoint)
-    counters.losses = state.counters.losses
+    is_of_before = released_at is not None and state.counters.step <= released_at < counters.step
+    counters.losses = [] if is_of_before else state.counters.losses
     counters.rolled_back += 1
     state.counters, state.position = counters, position
 

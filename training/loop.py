@@ -165,6 +165,8 @@ def _loop(run: Run, directory: RunDirectory, tracker: Tracker, signals: Signals)
             # ---- step
             lr = set_rates(state.optimizer, config.optim, counters.step, run.total_steps)
             run.frozen.hold(counters.step)
+            if counters.step == run.frozen.until:
+                counters.losses = []  # a tower's dropout, say, may raise them for good
             seed_step(config.train.seed, counters.step, world.rank)
             fault: SkippedStep | None = None
             try:
@@ -249,7 +251,7 @@ def _skip(
         if start is None:
             what += "; there is no checkpoint yet to go back to"
         else:
-            roll_back(run.state, start)
+            roll_back(run.state, start, run.frozen.until)
             what += f"; the weights are those of {start.name} again"
     if run.world.is_main:
         logger.warning("step %d skipped: %s; %s", counters.step, fault, what)
