@@ -42,6 +42,39 @@ def mlflow(monkeypatch: pytest.MonkeyPatch) -> MagicMock:
     return module
 
 
+def test_weights_and_biases_takes_the_numbers_of_a_run_that_went_back(
+    tmp_path: Path, wandb: MagicMock
+) -> None:
+    wandb.init.return_value = run = DroppingRun()
+    for steps in ((1, 2, 3), (2, 3, 4)):
+        _, sink = open_sinks(config(tmp_path, "wandb"), steps[0] - 1)
+        for step in steps:
+            sink.log(step, VALUES)
+        sink.close(True)
+    assert [row["step"] for row in run.rows] == [1, 2, 3, 2, 3, 4]
+
+
+class DroppingRun:
+    """As a run of wandb: rows of a `step` below the last one are dropped."""
+
+    id = "w1"
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+        self._last = 0
+
+    def define_metric(self, name: str, step_metric: str) -> None:
+        pass
+
+    def log(self, values: dict[str, float], step: int | None = None) -> None:
+        self._last = max(self._last, step or self._last + 1)
+        if step is None or step == self._last:
+            self.rows.append(values)
+
+    def finish(self, exit_code: int) -> None:
+        pass
+
+
 def feed(out: Path, name: str, is_finished: bool) -> None:
     for sink in open_sinks(config(out, name), 0):
         sink.log(7, VALUES)
@@ -63,7 +96,8 @@ def test_weights_and_biases_gets_the_settings_the_numbers_and_the_end(
     assert (given["name"], given["id"], given["resume"]) == ("my-run", None, None)
     assert given["config"]["train"]["steps"] == 1
     run = wandb.init.return_value
-    run.log.assert_called_once_with(VALUES, step=7)
+    run.log.assert_called_once_with({"step": 7, **VALUES})  # its own steps only grow
+    run.define_metric.assert_called_once_with("*", step_metric="step")
     run.finish.assert_called_once_with(exit_code=0)
     feed(tmp_path / "my-run", "wandb", False)
     given = wandb.init.call_args.kwargs

@@ -124,9 +124,11 @@ class WeightsAndBiases:
             config=config.model_dump(mode="json"),
         )
         self.id = str(self._run.id)
+        self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log(dict(values), step=step)
+        # As its own `step` wandb drops what is below the last one, all of it after going back.
+        self._run.log({"step": step, **values})
 
     def close(self, is_finished: bool) -> None:
         self._run.finish(exit_code=0 if is_finished else 1)
