@@ -127,6 +127,17 @@ def test_gradients_are_summed_and_none_counts_as_zero(found: list[dict[str, Any]
         assert some.tolist() == [5.0, 7.0]
 
 
+def test_gradients_are_copied_once_to_be_summed(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[Tensor] = []
+    cat, made = torch.cat, []
+    monkeypatch.setattr(dist, "all_reduce", sent.append)
+    monkeypatch.setattr(torch, "cat", lambda parts: made.append(cat(parts)) or made[-1])
+    parameter = nn.Parameter(torch.zeros(3))
+    parameter.grad = torch.ones(3)
+    World(0, 2).sum_gradients([parameter])
+    assert sent[-1] is made[0]
+
+
 def test_numbers_are_exchanged_and_added_up(found: list[dict[str, Any]]) -> None:
     for rank in found:
         assert rank["exchanged"].tolist() == [[0, 0], [1, 2], [2, 4]]

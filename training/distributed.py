@@ -84,8 +84,7 @@ class World:
         """The sum of all ranks' values, without a gradient."""
         values = values.detach().clone()
         if self.size > 1:
-            with together():
-                dist.all_reduce(values)
+            _add_up(values)
         return values
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -104,7 +103,8 @@ class World:
                 parameter.grad = torch.zeros_like(parameter)
         for kind in dict.fromkeys(parameter.dtype for parameter in trained):
             gradients = [p.grad for p in trained if p.grad is not None and p.dtype == kind]
-            flat = self.total(torch.cat([gradient.flatten() for gradient in gradients]))
+            flat = torch.cat([gradient.flatten() for gradient in gradients])
+            _add_up(flat)  # as large as the weights: no second copy
             parts = torch.split(flat, [gradient.numel() for gradient in gradients])
             for gradient, part in zip(gradients, parts, strict=True):
                 gradient.copy_(part.view_as(gradient))
@@ -163,6 +163,12 @@ class World:
 
 
 ALONE = World()
+
+
+def _add_up(values: Tensor) -> None:
+    """Make them, in place, the sum of all ranks' values."""
+    with together():
+        dist.all_reduce(values)
 
 
 class _Gather(torch.autograd.Function):
