@@ -32,7 +32,7 @@ from torch.overrides import TorchFunctionMode
 
 from clipserve import __version__
 from clipserve.errors import CheckpointError, ConfigError
-from clipserve.files import new_directory, save_tensors, sha256
+from clipserve.files import digest_tensors, new_directory, save_tensors, sha256
 from clipserve.images import ImageTransform
 from clipserve.model import Model, ModelInfo, assemble
 from clipserve.text import Tokenizer
@@ -46,6 +46,7 @@ TOWERS = "towers.safetensors"
 FUSION = "fusion.safetensors"
 MOMENTUM = "momentum.safetensors"
 _FUSION_PARTS = ("fusion.", "matching_head.", "token_head.")
+_METADATA = {"format": "pt"}
 _PACKAGES = ("torch", "torchvision", "open_clip_torch", "transformers", "safetensors")
 
 
@@ -88,7 +89,7 @@ def write_into(
 ) -> str:
     """Write the files of a model directory into an empty folder that the caller makes durable."""
     for file, tensors in _weights(model).items():
-        save_tensors(tensors, folder / file, metadata={"format": "pt"})
+        save_tensors(tensors, folder / file, _METADATA)
     if momentum is not None:
         save_tensors(momentum, folder / MOMENTUM)
     transform = model.transform.to_open_clip()
@@ -115,9 +116,14 @@ def write_into(
 
 
 def fingerprint(model: Model) -> str:
-    """What a directory of this model would have, found by writing one that does not stay."""
+    """What a directory of this model would have; its weights are not written for that."""
     with tempfile.TemporaryDirectory() as folder:
-        return write_into(Path(folder), model, name=model.info.name)
+        model.tokenizer.save(Path(folder) / "tokenizer")
+        files = _hash_files(Path(folder))
+    for file, tensors in _weights(model).items():
+        files[file] = digest_tensors(tensors, _METADATA)
+    transform = model.transform.to_open_clip()
+    return _fingerprint({"architecture": model.architecture, "image_transform": transform}, files)
 
 
 def load(

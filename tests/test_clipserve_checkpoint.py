@@ -281,6 +281,16 @@ def test_each_file_of_an_albef_decides_its_fingerprint(tmp_path: Path) -> None:
     assert len(found) == 3
 
 
+@pytest.mark.parametrize("kind", ["clip", "albef"])
+def test_a_fingerprint_is_found_without_writing_weights(
+    kind: str, tiny_model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model if kind == "clip" else tiny_albef(tmp_path / "words")
+    saved = checkpoint.save(model, tmp_path / "m", name="m")
+    monkeypatch.setattr(checkpoint, "save_tensors", lambda *arguments: pytest.fail("written"))
+    assert checkpoint.fingerprint(model) == saved
+
+
 @pytest.mark.parametrize("name", [checkpoint.TOWERS, checkpoint.FUSION])
 def test_a_damaged_or_missing_file_of_an_albef_is_named(albef_dir: Path, name: str) -> None:
     file = albef_dir / name

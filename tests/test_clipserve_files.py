@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from clipserve import files
 
@@ -144,6 +145,22 @@ def test_an_empty_directory_is_taken(tmp_path: Path) -> None:
     with files.new_directory(tmp_path / "copy", replace=False) as folder:
         (folder / "ours").write_text("x")
     assert (tmp_path / "copy" / "ours").exists()
+
+
+def test_tensors_have_the_digest_of_their_file_unwritten(tmp_path: Path) -> None:
+    tensors = {
+        "b": torch.randn(3, 5).T,
+        "a": torch.randn(2, 2),
+        "scale": torch.tensor(2.5, dtype=torch.float64),
+        "ids": torch.arange(7).expand(2, 7),
+        "none": torch.zeros(0, 4),
+        'half.\u00e4 "x"': torch.randn(4, 1).bfloat16(),
+        "mask": torch.tensor([True, False, True]),
+        "pixels": torch.randint(0, 256, (5,), dtype=torch.uint8),
+    }
+    for given, metadata in ((tensors, {"format": "pt"}), (tensors, None), ({}, None)):
+        files.save_tensors(given, tmp_path / "file", metadata)
+        assert files.digest_tensors(given, metadata) == files.sha256(tmp_path / "file")
 
 
 def test_a_link_is_replaced_in_one_step(tmp_path: Path) -> None:
