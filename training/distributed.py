@@ -27,8 +27,8 @@ T = TypeVar("T")
 
 _GONE = "another process of this run is gone; its own message says why"
 
-# Others wait while rank 0 saves. On a CPU a process that dies is noticed at once, by its closed
-# connection.
+# Others wait while rank 0 saves, by gloo. On a CPU a process that dies is noticed at once, by its
+# closed connection; NCCL waits as long, for torch's timeout is one for both.
 _PATIENCE = timedelta(hours=2)
 
 
