@@ -38,6 +38,31 @@ def spawn(tmp_path: Path) -> Run:
     return spawn_it
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train", "--unknown"], "No such option: --unknown; see: .*train --help"),
+        (["bogus"], "No such command 'bogus'; see: .* --help"),
+        (["search"], "Missing argument 'COLLECTION'; see: .*search --help"),
+        (["index", "build", "x", "--memory", "abc"], "Invalid value for '--memory'.*--help"),
+        (["classify", "--dtype"], "Option '--dtype' requires an argument"),
+    ],
+)
+def test_what_the_parser_refuses_is_one_line_as_well(
+    run: Run, arguments: list[str], said: str
+) -> None:
+    done = run(*arguments)
+    assert (done.code, done.out) == (2, "")
+    assert re.fullmatch(f"clipserve: {said}\n", done.err)
+
+
+def test_a_command_that_needs_more_words_says_which(run: Run) -> None:
+    done = run("index")
+    assert done.code == 2
+    assert "Usage: " in done.err
+    assert "compact" in done.err
+
+
 def test_the_main_job_from_csv_to_answers(
     run: Run, spawn: Run, captioned: Any, model_dir: Path
 ) -> None:

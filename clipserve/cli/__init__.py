@@ -100,12 +100,18 @@ def main() -> NoReturn:
 
 
 def _exit_for_click(error: Exception) -> None:
-    """Usage errors and explicit exits of the parser, as it would end itself in standalone mode."""
-    show, code = getattr(error, "show", None), getattr(error, "exit_code", None)
-    if code is not None:
-        if show is not None:
-            show()
+    """Usage errors, in one line too, and explicit exits of the parser."""
+    code, show = getattr(error, "exit_code", None), getattr(error, "show", None)
+    if code is None:
+        return
+    if show is None:
         sys.exit(code)
+    if type(error).__name__ == "NoArgsIsHelpError":  # nothing was asked for: that is answered
+        show()
+        sys.exit(code)
+    context = getattr(error, "ctx", None)
+    hint = f"; see: {context.command_path} --help" if context is not None else ""
+    fail(f"{error.format_message().rstrip('.')}{hint}", code)  # type: ignore[attr-defined]
 
 
 def _check_ownership() -> None:
