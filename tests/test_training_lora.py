@@ -4,6 +4,7 @@ import contextlib
 import copy
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from clipserve.errors import CheckpointError, ConfigError, TrainingError
 from clipserve.lora import LoraConfig
 from clipserve.model import Model
 from clipserve.towers import architecture_config, build_network
-from training.lora import Adapters, choose
+from training.lora import Adapter, Adapters, choose
 from training.parts import find_weights
 from training.state import seed_step
 
@@ -138,6 +139,44 @@ def test_dropped_inputs_are_out_of_value_and_gradient_and_back_afterwards(
     assert first.down.grad is not None
     assert torch.equal((first.down.grad == 0).all(dim=0), left_out)
     assert torch.equal(first.target.parameter, whole)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "call"), [(Adapter, "drop", 2 * 8 + 2), (torch.Tensor, "backward", 3)]
+)
+def test_a_step_without_memory_leaves_no_input_out_of_what_is_saved(
+    owner: type,
+    name: str,
+    call: int,  # in step 3 of an epoch of 3
+    data: Path,
+    base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real, merge, calls = getattr(owner, name), Adapter.merge, []
+
+    def fail(*given: Any) -> Any:
+        calls.append(name)
+        if len(calls) == call:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(*given)
+
+    def fail_then(adapter: Adapter) -> None:
+        if len(calls) == call:
+            calls.append("merge")
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        merge(adapter)
+
+    settings = ("lora.dropout=0.5", "train.steps=3")
+    often = ("train.checkpoint_every_steps=1", "train.keep_checkpoints=9")
+    run(tune(data, base, tmp_path / "whole", *settings, *often))
+    monkeypatch.setattr(owner, name, fail)
+    monkeypatch.setattr(Adapter, "merge", fail_then)
+    with pytest.raises(torch.OutOfMemoryError):
+        run(tune(data, base, tmp_path / "run", *settings))
+    assert calls[-1] == "merge"
+    (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
+    check_equal(saved, tmp_path / "whole" / "checkpoints" / "step-000000002")
 
 
 def test_all_ranks_leave_out_the_same_inputs_and_others_in_each_step(tiny_model: Model) -> None:

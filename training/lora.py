@@ -124,9 +124,9 @@ class Adapters(nn.Module):
             return
         device = next(self.parameters()).device
         random = step_generator(device, Purpose.ADAPTERS, seed, step)
-        for adapter in self:
-            adapter.drop(random)
         try:
+            for adapter in self:
+                adapter.drop(random)
             yield
         finally:
             self.merge()

@@ -91,6 +91,7 @@ class Saver:
         if state.is_split and not is_shared:
             return "split weights are saved by all processes together"
         try:
+            self._run.adapters.merge()  # for which there may have been no memory in the step
             self.save()
         except Exception as error:  # a GPU may be too full for this too
             return first_line(error)

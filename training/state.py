@@ -147,6 +147,7 @@ class State:
         Raises CheckpointError if it is damaged, of another architecture, another start, or of
         another order.
         """
+        directory = checkpoint.pin(directory)
         saved = checkpoint.load_for_training(directory)
         if saved.architecture != self.model.architecture:
             raise CheckpointError(

@@ -64,11 +64,11 @@ def train_step(run: Run, batch: Batch, counts: list[int]) -> dict[str, Tensor]:
 
     # ---- update
     norm = gradient_norm(run.parameters, world)
+    if run.config.optim.grad_clip is not None:
+        clip_gradients(run.parameters, run.config.optim.grad_clip, norm)
     if scale.overflows(norm, losses["loss"]):
         return {**losses, "overflow/skipped": torch.ones((), device=run.device)}
     check_step(state.counters, run.config.train, losses, norm)
-    if run.config.optim.grad_clip is not None:
-        clip_gradients(run.parameters, run.config.optim.grad_clip, norm)
     state.is_torn = True
     state.optimizer.step()
     run.adapters.merge()
