@@ -165,6 +165,7 @@ class Jobs:
                 if job.task is not None:
                     job.task.cancel()
                     await asyncio.wait({job.task})
+                job.error = None  # what it waited for
                 await self._end(job)
 
     async def discard(self, job: Job) -> None:
@@ -240,7 +241,7 @@ class Jobs:
     async def _run(self, job: Job) -> None:
         try:
             await self._persevere(job)
-            job.state = "done"
+            job.state, job.error = "done", None
         except Exception as error:  # whatever it is, the next job has its turn
             if await self._comes_back(job, error):
                 job.state, job.task = "queued", None

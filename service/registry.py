@@ -313,7 +313,7 @@ class Registry:
             Collection.create(
                 path,
                 fingerprint=model.fingerprint,
-                model_name=model.name,
+                model_name=model.model.info.name,  # without what a second of it is served under
                 embed_dim=model.model.embed_dim,
             ).close()
             return self._open(path, model)

@@ -115,7 +115,9 @@ class Spool:
 
     def _parts(self) -> list["_Part"]:
         found = []
-        for path in self._lines.glob("*.ndjson"):
+        for path in self._lines.iterdir():  # an error, unlike `glob`, if they are out of reach
+            if path.suffix != ".ndjson":
+                continue
             number, _, count = path.stem.partition("-")
             found.append(_Part(int(number), int(count), path))
         return sorted(found)

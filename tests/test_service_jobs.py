@@ -258,6 +258,49 @@ def test_a_job_waits_for_a_failure_of_the_store_to_pass_and_loses_nothing(
     assert pauses.told == [1, 2, 4, 8, 16, 32, 60, 60, 60]
 
 
+def test_a_job_waits_for_its_lines_while_they_are_out_of_reach(
+    own_world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pauses: SimpleNamespace
+):
+    store = bulk.store
+
+    def lose_the_volume(*arguments: Any) -> int:
+        (lines,) = tmp_path.glob("jobs/*/lines")
+        lines.rename(tmp_path / "away")
+        raise OSError(errno.EIO, "no volume")
+
+    with monkeypatch.context() as failing:
+        failing.setattr(bulk, "store", lose_the_volume)
+        id = own_world.post("/v1/jobs", collection="toys", items=texts(3)).json()["id"]
+        assert pauses.begun.acquire(timeout=30)
+    assert bulk.store is store
+    pauses.go_on.release()
+    assert pauses.begun.acquire(timeout=30)
+    assert (job(own_world, id)["state"], job(own_world, id)["done"]) == ("running", 0)
+    (tmp_path / "away").rename(tmp_path / "jobs" / id / "lines")
+    pauses.go_on.release()
+    finish(own_world)
+    assert (job(own_world, id)["state"], job(own_world, id)["done"]) == ("done", 3)
+    assert own_world.get("/v1/collections/toys").json()["count"] == COUNT + 3
+
+
+def test_a_job_whose_last_write_was_kept_but_not_acknowledged_ends_without_error(
+    own_world: World, monkeypatch: pytest.MonkeyPatch, pauses: SimpleNamespace
+):
+    def store_but_fail(*arguments: Any) -> None:
+        store(*arguments)
+        raise DiskFull("kept, but not acknowledged")
+
+    store = bulk.store
+    monkeypatch.setattr(bulk, "store", store_but_fail)
+    id = own_world.post("/v1/jobs", collection="toys", items=texts(3)).json()["id"]
+    assert pauses.begun.acquire(timeout=30)
+    assert "there is room" in job(own_world, id)["error"]
+    pauses.go_on.release()
+    finish(own_world)
+    done = job(own_world, id)
+    assert (done["state"], done["done"], done["error"]) == ("done", 3, None)
+
+
 def test_a_job_that_waits_for_room_is_cancelled_or_left_to_the_next_process(
     tmp_path: Path,
     model_dir: Path,
@@ -275,7 +318,8 @@ def test_a_job_that_waits_for_room_is_cancelled_or_left_to_the_next_process(
             for start in (0, 10)
         )
         assert pauses.begun.acquire(timeout=30)
-        assert world.client.delete(f"/v1/jobs/{first}").json()["state"] == "cancelled"
+        cancelled = world.client.delete(f"/v1/jobs/{first}").json()
+        assert (cancelled["state"], cancelled["error"]) == ("cancelled", None)
         assert pauses.begun.acquire(timeout=30)  # the other one has its turn
     with serving(tmp_path, model_dir, settings) as world:
         finish(world)

@@ -129,7 +129,7 @@ GOOD = {
 
 def test_a_job_that_is_found_at_the_start_has_another_day(tmp_path: Path, model_dir: Path):
     settings = load_settings(jobs_dir=tmp_path / "jobs", max_jobs=1)
-    (tmp_path / "jobs" / "job-1").mkdir(parents=True)
+    (tmp_path / "jobs" / "job-1" / "lines").mkdir(parents=True)
     (tmp_path / "jobs" / "job-1" / "job.json").write_text(json.dumps(GOOD))
     with serving(tmp_path, model_dir, settings) as world:
         assert world.post("/v1/jobs", start=False).status_code == 429
@@ -170,7 +170,7 @@ def test_a_damaged_job_is_set_aside_and_harms_no_other(
 ):
     folder = tmp_path / "jobs"
     for id, content in {"job-0": json.dumps(GOOD | {"id": "job-0"}), "job-1": about}.items():
-        (folder / id).mkdir(parents=True)
+        (folder / id / "lines").mkdir(parents=True)
         (folder / id / "job.json").write_text(content)
     with serving(tmp_path, model_dir, load_settings(jobs_dir=folder)) as world:
         assert [one["id"] for one in world.get("/v1/jobs").json()["data"]] == ["job-0"]

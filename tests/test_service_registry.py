@@ -333,6 +333,17 @@ def test_a_named_collection_is_unavailable_only_if_its_model_moved_on(rooted, tm
         rooted.find_collection(make_collection(tmp_path / "x" / "moved-on", "f" * 64))
 
 
+def test_a_collection_names_its_model_as_a_start_without_its_namesake_finds_it(
+    rooted, architecture, tmp_path
+):
+    torch.manual_seed(1)
+    checkpoint.save(create(architecture), tmp_path / "other", name="tiny")
+    again = rooted.add_model(load(tmp_path / "other"))
+    assert again.name != "tiny"
+    made = asyncio.run(rooted.create_collection("toys", again.name))
+    assert made.collection.model_name == "tiny"
+
+
 # Reading pictures and texts together
 
 
