@@ -169,7 +169,7 @@ def send(client: httpx.Client, seen: Seen, row: Hostile) -> None:
             seen.hostile_busy += 1
             return
         seen.answered.add(row.name)
-    if answer.text == "Invalid HTTP request received.":  # h11 refuses some headers before we do
+    if answer.text == "Invalid HTTP request received.":  # not even parsed
         return
     if wrong := problem(row, answer.status_code, answer.content):
         seen.wrong(wrong)

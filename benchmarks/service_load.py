@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
+import uvloop
 
 Body = Callable[[int], bytes]
 """the body of the n-th request"""
@@ -76,12 +77,12 @@ _numbers = itertools.count()
 
 def closed_loop(target: Target, clients: int, seconds: float, least: int = 2) -> Load:
     """`clients` at once for `seconds`, and on until each has been answered `least` times."""
-    return asyncio.run(_closed(target, clients, seconds, least))
+    return uvloop.run(_closed(target, clients, seconds, least))
 
 
 def open_loop(target: Target, rate: float, seconds: float, seed: int = 0) -> Load:
     """`rate` requests a second at random times, each on a connection that is free or new."""
-    return asyncio.run(_open(target, rate, seconds, seed))
+    return uvloop.run(_open(target, rate, seconds, seed))
 
 
 async def _closed(target: Target, clients: int, seconds: float, least: int) -> Load:

@@ -10,13 +10,12 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from clipserve.errors import ConfigError
+from service.connection import connections
 from service.drain import Lifecycle
 from service.ending import Ending
 from service.settings import Settings
@@ -48,13 +47,11 @@ class Server(uvicorn.Server):
     ) -> None:
         config = uvicorn.Config(
             app,
-            http=_connections(settings),
+            http=connections(settings),
             log_config=None,  # the command line sets logging up
             access_log=False,
             server_header=False,
             ws="none",
-            # Headers that are somewhat too large get their answer; larger ones uvicorn's own.
-            h11_max_incomplete_event_size=2 * settings.max_header_bytes,
             timeout_graceful_shutdown=1,  # what is worth waiting for was waited for in `_drain`
         )
         super().__init__(config)
@@ -190,62 +187,6 @@ def listen(host: str, port: int) -> socket.socket:
             " another --port"
         ) from None
     return listener
-
-
-class Connection(H11Protocol):
-    """Closes itself when it is one too many, or waits too long for a whole request, or for the
-    client to read.
-
-    uvicorn has a limit for the time between requests, but none for a first one that never comes,
-    nor for one that comes a byte a minute, nor for a body that goes on when it was refused already,
-    nor for an answer that nobody takes.
-    """
-
-    idle_timeout_s: float
-    max_connections: int
-    _timer: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        if len(self.connections) > self.max_connections:
-            transport.abort()
-        else:
-            self._wait()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        super().connection_lost(exc)
-
-    def on_response_complete(self) -> None:
-        super().on_response_complete()
-        self._wait()
-
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        self._wait()
-
-    def resume_writing(self) -> None:
-        super().resume_writing()
-        self._wait()
-
-    def _wait(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = self.loop.call_later(self.idle_timeout_s, self._close_if_stuck)
-
-    def _close_if_stuck(self) -> None:
-        """Unless a request is being served, whose time is the application's."""
-        if self.cycle is None or self.cycle.response_complete or self.flow.write_paused:
-            self.transport.abort()
-
-
-def _connections(settings: Settings) -> Any:
-    limits = {
-        "idle_timeout_s": settings.body_timeout_s,
-        "max_connections": settings.max_connections,
-    }
-    return type("Connection", (Connection,), limits)
 
 
 def _allow_files(count: int) -> None:

@@ -145,3 +145,16 @@ def own_world(tmp_path: Path, model_dir: Path) -> Iterator[Any]:
     settings = load_settings(collections_root=tmp_path, jobs_dir=tmp_path / "jobs")
     with serving(tmp_path, model_dir, settings) as own:
         yield own
+
+
+@pytest.fixture
+def running(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """A server on a socket, in a thread; a test may parametrize it with settings."""
+    from listening import Running
+
+    from service.settings import load_settings
+
+    made = Running(load_settings(**getattr(request, "param", {})))
+    made.start()
+    yield made
+    made.stop()
