@@ -14,6 +14,8 @@ from typing import NoReturn
 
 logger = logging.getLogger(__name__)
 
+_LAST_WORDS_S = 2.0
+
 
 class Ending:
     """Watches over the closing of a service, from a thread of its own. `exit_code` is asked for
@@ -39,14 +41,21 @@ class Ending:
         self._events.put(True)
 
     def end_now(self, why: str) -> NoReturn:
-        """End the process, as far as it has come."""
-        code = 1
-        try:
-            code = self._exit_code()
+        """End the process, as far as it has come; a log that does not take the reason is not waited
+        for either."""
+        codes = [1]
+
+        def tell() -> None:
+            codes.append(self._exit_code())
             logger.warning("%s: the process ends without waiting any longer", why)
             logging.shutdown()
+
+        try:
+            telling = threading.Thread(target=tell, name="last words", daemon=True)
+            telling.start()
+            telling.join(_LAST_WORDS_S)
         finally:
-            os._exit(code)
+            os._exit(codes[-1])
 
     def _watch(self) -> None:
         if self._events.get():

@@ -261,8 +261,6 @@ def test_a_job_waits_for_a_failure_of_the_store_to_pass_and_loses_nothing(
 def test_a_job_waits_for_its_lines_while_they_are_out_of_reach(
     own_world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pauses: SimpleNamespace
 ):
-    store = bulk.store
-
     def lose_the_volume(*arguments: Any) -> int:
         (lines,) = tmp_path.glob("jobs/*/lines")
         lines.rename(tmp_path / "away")
@@ -272,7 +270,6 @@ def test_a_job_waits_for_its_lines_while_they_are_out_of_reach(
         failing.setattr(bulk, "store", lose_the_volume)
         id = own_world.post("/v1/jobs", collection="toys", items=texts(3)).json()["id"]
         assert pauses.begun.acquire(timeout=30)
-    assert bulk.store is store
     pauses.go_on.release()
     assert pauses.begun.acquire(timeout=30)
     assert (job(own_world, id)["state"], job(own_world, id)["done"]) == ("running", 0)

@@ -57,6 +57,27 @@ def test_all_that_changes_comes_back(tiny_model: Model, architecture: Any, tmp_p
     assert all(torch.equal(before[i][k], after[i][k]) for i in before for k in before[i])
 
 
+def test_a_link_that_moves_while_it_is_read_mixes_no_checkpoints(
+    tiny_model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, link = make_state(tiny_model), tmp_path / "latest"
+    for step in (1, 2):
+        state.counters = Counters(step=step)
+        save(state, tmp_path / f"{step}")
+    link.symlink_to("1")
+    load = checkpoint.load_for_training
+
+    def load_and_move(directory: Path) -> Model:
+        model = load(directory)
+        link.unlink()
+        link.symlink_to("2")
+        return model
+
+    monkeypatch.setattr(checkpoint, "load_for_training", load_and_move)
+    state.restore(link)
+    assert (state.counters.step, link.readlink()) == (1, Path("2"))
+
+
 def test_a_state_without_what_the_run_needs_is_refused(tiny_model: Model, tmp_path: Path) -> None:
     folder = save(make_state(tiny_model), tmp_path / "c")
     with pytest.raises(CheckpointError, match=r"lacks queue\.safetensors"):
