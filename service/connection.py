@@ -18,6 +18,10 @@ _HEADERS_AND_MORE = 2
 have so many times the limit do not"""
 
 
+_WAITING_BYTES = 2**20
+"""of the body of a request that waits; with more it is not kept"""
+
+
 class Connection(HttpToolsProtocol):
     """Closes itself when it is one too many, or waits too long for a whole request, or for the
     client to read, or brings more beside the body of a request than headers may be.
@@ -25,9 +29,9 @@ class Connection(HttpToolsProtocol):
     uvicorn has a limit for the time between requests, but none for a first one that never comes,
     nor for one that comes a byte a minute, nor for a body that goes on when it was refused already,
     nor for an answer that nobody takes; nor for the size of headers, chunk extensions and trailers.
-    Of requests that are sent before others are answered one waits; what comes after it is not read,
-    and the connection is closed after its answer, which tells the client to send the rest again
-    (RFC 9112, 9.3.2).
+    Of requests that are sent before others are answered one waits, unless it is large; what comes
+    after it is not read, and the connection is closed after its answer, which tells the client to
+    send the rest again (RFC 9112, 9.3.2).
     """
 
     idle_timeout_s: float
@@ -76,7 +80,10 @@ class Connection(HttpToolsProtocol):
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as stopped:
             if not self._is_deaf:
-                self._feed(self._plain_head() + data[stopped.args[0] :])
+                head = self._plain_head()
+                self.parser = httptools.HttpRequestParser(self)  # that one may have come to its end
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+                self._feed(head + data[stopped.args[0] :])
 
     def _plain_head(self) -> bytes:
         """Of a request that asks for another protocol, as if it had not asked: of that one the
@@ -110,15 +117,23 @@ class Connection(HttpToolsProtocol):
         if not self._is_deaf and not self.parser.should_upgrade():
             self._in_headers = False
             super().on_headers_complete()
+            self._listen_on()
 
     def on_body(self, body: bytes) -> None:
-        if not self._is_deaf:
-            self._framing = 0
+        if self._is_deaf:
+            return
+        self._framing = 0
+        if self.pipeline and len(self.cycle.body) + len(body) > _WAITING_BYTES:
+            self._forget_waiting()
+        else:
             super().on_body(body)
+            self._listen_on()
 
     def on_message_complete(self) -> None:
         if not self._is_deaf and not self._in_headers:
             super().on_message_complete()
+            if not self.parser.should_keep_alive():  # which trailers may say as well
+                self._hear_no_more()
 
     def send_400_response(self, msg: str) -> None:
         """If it can be understood: not in the place, or in the midst, of another answer."""
@@ -143,9 +158,23 @@ class Connection(HttpToolsProtocol):
         super().resume_writing()
         self._wait()
 
+    def _listen_on(self) -> None:
+        """uvicorn does not while a request waits, and would not see that the client left."""
+        if self.pipeline:
+            self.flow.resume_reading()
+
+    def _forget_waiting(self) -> None:
+        self.pipeline.clear()
+        assert self._before is not None
+        self.cycle, self._before = self._before, None
+        self._hear_no_more()
+
     def _hear_no_more(self) -> None:
+        """What comes is dropped; the connection ends with the last answer."""
         self._is_deaf = True
         self.cycle.keep_alive = False
+        if self.cycle.response_complete:
+            self.transport.close()
 
     def _is_idle(self) -> bool:
         return self.cycle is None or self.cycle.response_complete

@@ -2,6 +2,7 @@
 
 import contextlib
 import socket
+import time
 
 import httpx
 import pytest
@@ -160,13 +161,64 @@ def test_a_body_that_breaks_off_in_nonsense_is_refused(running: Running):
         assert is_closed(connection)
 
 
-@pytest.mark.parametrize("more", [b"", QUICK])
-def test_a_request_sees_that_its_client_left(running: Running, more: bytes):
+@pytest.mark.parametrize(
+    "more", [b"", QUICK, POST + b"Content-Length: 500000\r\n\r\n" + bytes(200_000)]
+)
+@pytest.mark.parametrize("is_later", [False, True])
+def test_a_request_sees_that_its_client_left(running: Running, more: bytes, is_later: bool):
     with serving(running):
         with running.connect() as connection:
-            connection.sendall(WAITING + more)
+            connection.sendall(WAITING + (b"" if is_later else more))
             assert running.asked.wait(WAIT_S)
+            connection.sendall(more if is_later else b"")
         assert running.left.wait(WAIT_S)
+
+
+def test_a_large_request_that_would_wait_is_not_kept(running: Running):
+    with serving(running), running.connect() as connection:
+        connection.sendall(SLOW)
+        assert running.asked.wait(WAIT_S)
+        connection.sendall(POST + b"Content-Length: 3000000\r\n\r\n" + bytes(3_000_000) + QUICK)
+        running.may_answer.set()
+        assert answer(connection).json() == "done"
+        assert connection.recv(1) == b""
+
+
+def test_a_request_that_waited_gets_the_rest_of_its_body(running: Running):
+    body = bytes(range(256)) * 3000
+    with serving(running), running.connect() as connection:
+        connection.sendall(SLOW)
+        assert running.asked.wait(WAIT_S)
+        connection.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(body) + body[:200_000])
+        time.sleep(0.1)
+        running.may_answer.set()
+        assert answer(connection).json() == "done"
+        connection.sendall(body[200_000:])
+        assert answer(connection).content == body
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"GET /v1/quick HTTP/1.0\r\nConnection: upgrade",
+        b"GET /v1/quick HTTP/1.1\r\nConnection: upgrade, close",
+    ],
+)
+def test_who_asks_for_another_protocol_once_gets_this_one_once(running: Running, line: bytes):
+    with serving(running), running.connect() as connection:
+        connection.sendall(line + b"\r\nHost: x\r\nUpgrade: h2c\r\n\r\n")
+        assert answer(connection).json() == "done"
+        assert connection.recv(1) == b""
+
+
+@pytest.mark.parametrize("more", [b"", QUICK])
+def test_a_trailer_may_end_the_connection(running: Running, more: bytes):
+    trailer = b"1\r\nx\r\n0\r\nConnection: close\r\n\r\n"
+    with serving(running), running.connect() as connection:
+        connection.sendall(POST + b"Transfer-Encoding: chunked\r\n\r\n" + trailer + more)
+        found = answer(connection)
+        assert (found.content, found.headers["connection"]) == (b"x", "close")
+        assert connection.recv(1) == b""
 
 
 def answer(connection: socket.socket) -> httpx.Response:
