@@ -182,6 +182,20 @@ def test_a_service_that_takes_no_jobs_says_so(browser: Any, tmp_path: Path, mode
 # Collections
 
 
+def test_collections_read_anew_keep_the_focus(page: Any):
+    held: list[Any] = []
+    card = page.locator(".collection", has_text="toys").first
+    card.wait_for(state="attached")
+    page.route("**/v1/collections", lambda route: held.append(route))
+    with page.expect_request("**/v1/collections"):
+        page.keyboard.press("3")
+    before = card.element_handle()
+    page.get_by_role("button", name="Drop toys").focus()
+    held[0].continue_()
+    page.wait_for_function("card => !card.isConnected", arg=before)
+    assert page.evaluate("document.activeElement.ariaLabel") == "Drop toys"
+
+
 def test_a_collection_is_made_filled_and_dropped_by_keys_alone(page: Any, address: str):
     page.keyboard.press("3")
     see(page, ".collection", "toys")

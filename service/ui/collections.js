@@ -1,7 +1,7 @@
 // The collections' view: what each is, and its items, page by page.
 
 import { ask, collectionPath, isAbort, Latest } from "./api.js";
-import { button, byId, element, notice } from "./dom.js";
+import { button, byId, element, notice, renew } from "./dom.js";
 import { bytes, percent, plural, whole } from "./format.js";
 import { showHits, showWaiting } from "./hits.js";
 import { listenForManaging, openDrop, openMake } from "./manage.js";
@@ -62,7 +62,7 @@ function showService() {
   const { collections, unavailable } = service;
   const isEmpty = !collections.length && !unavailable.length;
   byId("collections-notice").replaceChildren(...(isEmpty ? [none()] : []));
-  byId("collection-list").replaceChildren(...collections.map(card), ...unavailable.map(lostCard));
+  renew(byId("collection-list"), ...collections.map(card), ...unavailable.map(lostCard));
   if (name && !collectionNamed(name)) {
     name = null;
     byId("browser").hidden = true;

@@ -43,6 +43,14 @@ export function notice({ title, text = "", kind = "empty", action = null }) {
   return made;
 }
 
+// New children; a button that has the focus hands it to the new one of its name.
+export function renew(list, ...children) {
+  const focused = list.contains(document.activeElement) ? document.activeElement : null;
+  const name = focused?.getAttribute("aria-label");
+  list.replaceChildren(...children);
+  if (name) list.querySelector(`[aria-label="${CSS.escape(name)}"]`)?.focus();
+}
+
 // New options; what was chosen stays chosen where it is still there.
 export function refill(id, options, otherwise) {
   const select = byId(id);
