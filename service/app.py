@@ -136,7 +136,7 @@ def _add_middleware(
     keys = None if settings.api_keys_file is None else Keys(settings.api_keys_file)
     held = Load(settings)
     registry.telemetry.watch_load(lambda: held.requests, lambda: held.bytes)
-    app.add_middleware(RequestLimits, settings=settings, load=held)
+    app.add_middleware(RequestLimits, settings=settings, load=held, check_room=registry.check_room)
     app.add_middleware(
         Authenticate,
         keys=keys,

@@ -150,14 +150,20 @@ class Batcher:
             if self._closing:
                 raise NotReady(_CLOSING)
             self._start()
-            if priority != "urgent" and self._open_items + size > self._max_items:
+            if priority != "urgent":
+                self.check_room(size)
+            self._open_items += size
+        return Job(size, self._free_slot)
+
+    def check_room(self, size: int = 1) -> None:
+        """Overloaded if so many items would not be admitted now."""
+        with self._lock:
+            if self._open_items + size > self._max_items:
                 raise Overloaded(
                     f"{self._open_items} items are waiting for the model and at most"
                     f" {self._max_items} may; come back later or send fewer",
                     self._retry_after_s(),
                 )
-            self._open_items += size
-        return Job(size, self._free_slot)
 
     def put(
         self,

@@ -1,7 +1,7 @@
 """One connection of a client: uvicorn's, with bounds on what it may hold without a request.
 
-The parser is that of httptools, which takes a fifth less of a request's time on the event loop than
-h11 does. It bounds nothing by itself, so what is not body is counted here.
+The parser is that of httptools, which takes less of the event loop than h11, in Python, does. It
+bounds nothing by itself, so what is not body is counted here.
 """
 
 import asyncio
@@ -16,8 +16,6 @@ _NO_REQUEST = "Invalid HTTP request received."
 _HEADERS_AND_MORE = 2
 """headers that are somewhat too large get the service's own answer; those that come in pieces and
 have so many times the limit do not"""
-
-
 _WAITING_BYTES = 2**20
 """of the body of a request that waits; with more it is not kept"""
 
@@ -137,6 +135,7 @@ class Connection(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         """If it can be understood: not in the place, or in the midst, of another answer."""
+        self.logger.info("not HTTP: a request that cannot be read, or headers without end")
         if self._is_idle():
             super().send_400_response(msg)
         elif not self.cycle.more_body:

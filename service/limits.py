@@ -11,6 +11,7 @@ import asyncio
 import math
 import threading
 import time
+from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -34,8 +35,10 @@ _ALWAYS_SERVED = "/metrics"
 _PIECE_BYTES = 64 * 2**10
 """of an answer that the server gets at once: what it was given and the client does not read stays
 in memory, counted by nobody"""
-
-
+_FOR_MODELS = ("/v1/embeddings", "/v1/classify", "/v1/match")
+_LARGE_BODY_BYTES = 32 * 2**10
+"""is not read for these if no model has room: it holds pictures, and reading so much to refuse it
+would take time from those that are answered"""
 _LEAST_BYTES = 8 * 2**20
 """of an answer that a client has to read in a request's time, or it is cut"""
 
@@ -74,10 +77,17 @@ class Load:
 class RequestLimits:
     """Reads the whole body within its limits, then runs the app on it within the time allowed."""
 
-    def __init__(self, app: ASGIApp, settings: Settings, load: Load | None = None) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        settings: Settings,
+        load: Load | None = None,
+        check_room: Callable[[], None] = lambda: None,
+    ) -> None:
         self._app = app
         self._settings = settings
         self._load = load or Load(settings)
+        self._check_room = check_room
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -120,6 +130,8 @@ class RequestLimits:
         if is_open(scope["path"]) and (length or _values(headers, b"transfer-encoding")):
             raise BodyTooLarge("what needs no key takes no body; send none")
         _check_body_is_plain(headers)
+        if length > _LARGE_BODY_BYTES and scope["path"] in _FOR_MODELS:
+            self._check_room()
         return min(settings.request_timeout_s, _wanted_timeout(headers))
 
     async def _read_body(self, receive: Receive, held: "_Held") -> bytes:

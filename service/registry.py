@@ -26,7 +26,14 @@ from clipserve.model import Model
 from index.collection import DATABASE, Collection
 from index.search import Searcher
 from service.caches import Caches
-from service.errors import CollectionUnavailable, Forbidden, NotFound, NotReady, RequestError
+from service.errors import (
+    CollectionUnavailable,
+    Forbidden,
+    NotFound,
+    NotReady,
+    Overloaded,
+    RequestError,
+)
 from service.fetch import Fetcher
 from service.memory import give_back_pictures
 from service.pipeline import Pipeline
@@ -228,6 +235,19 @@ class Registry:
         named = list(self.models.values())
         bound = [served.model for served in list(self.collections.values())]
         return list({id(served): served for served in named + bound}.values())
+
+    def check_room(self) -> None:
+        """Overloaded if no model would admit an item."""
+        refusals: list[Overloaded] = []
+        for served in list(self.models.values()):
+            try:
+                served.pipeline.batcher.check_room()
+            except Overloaded as refusal:
+                refusals.append(refusal)
+            else:
+                return
+        if refusals:
+            raise refusals[0]
 
     def collection(self, name: str | None) -> ServedCollection:
         """By name, or the only one. NotFound names none: they may say what they hold.

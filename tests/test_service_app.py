@@ -247,6 +247,21 @@ def test_a_full_queue_gets_429_and_a_time_to_come_back(own_world: World):
     assert own_world.post("/v1/embeddings", input="x").status_code == 200
 
 
+def test_a_large_body_for_a_full_queue_is_not_even_read(own_world: World):
+    batcher = own_world.registry.models["tiny"].pipeline.batcher
+    json, large = {"Content-Type": "application/json"}, b"{" * 40_000
+    job = batcher.admit(own_world.registry.settings.max_queue_items)
+    for path in ("/v1/embeddings", "/v1/classify", "/v1/match"):
+        response = own_world.client.post(path, content=large, headers=json)
+        assert (response.status_code, error(response)["code"]) == (429, "overloaded"), path
+        assert int(response.headers["Retry-After"]) >= 1
+    path = "/v1/collections/toys/items"  # may need no model
+    assert own_world.client.put(path, content=large, headers=json).status_code == 400
+    batcher.abandon(job)
+    for path in ("/v1/embeddings", "/v1/classify"):
+        assert own_world.client.post(path, content=large, headers=json).status_code == 400, path
+
+
 def break_pictures(model: Model, error: BaseException) -> Any:
     """Make the picture tower raise until the handle is removed."""
 

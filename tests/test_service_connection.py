@@ -178,7 +178,7 @@ def test_a_large_request_that_would_wait_is_not_kept(running: Running):
     with serving(running), running.connect() as connection:
         connection.sendall(SLOW)
         assert running.asked.wait(WAIT_S)
-        connection.sendall(POST + b"Content-Length: 3000000\r\n\r\n" + bytes(3_000_000) + QUICK)
+        connection.sendall(POST + b"Content-Length: %d\r\n\r\n" % LARGE + bytes(LARGE) + QUICK)
         running.may_answer.set()
         assert answer(connection).json() == "done"
         assert connection.recv(1) == b""
