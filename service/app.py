@@ -3,6 +3,7 @@
 `create_app` takes a registry that is filled already; who made it closes it.
 """
 
+import gc
 import logging
 import shutil
 import socket
@@ -156,6 +157,7 @@ def _add_middleware(
 
 
 def _fill(registry: Registry, models: Sequence[Path], collections: Sequence[Path]) -> None:
+    gc.freeze()  # what was imported is no garbage; without this each full collection looks it over
     for path in models:
         registry.load_model(path)
     for path in collections:

@@ -340,11 +340,12 @@ def test_a_busy_port_is_known_before_a_model_is_loaded(tmp_path: Path):
 
 
 SERVE = """
-import logging, sys
+import atexit, gc, logging, sys
 from pathlib import Path
 from service.app import serve
 from service.settings import load_settings
 logging.basicConfig(level=logging.INFO, format="%(name)s %(message)s")
+atexit.register(lambda: print(gc.get_freeze_count(), file=sys.stderr))
 serve([Path(sys.argv[1])], [], load_settings(port=0, collections_root=Path(sys.argv[2])))
 """
 
@@ -376,3 +377,5 @@ def test_serve_says_where_it_listens_and_ends_well(tmp_path: Path, model_dir: Pa
     rest = process.communicate(timeout=20)[1]
     assert process.returncode == 0, rest
     assert "Traceback" not in rest
+    num_frozen = int(rest.split()[-1])  # what was imported is never looked over for garbage
+    assert num_frozen > 100_000
